@@ -1,0 +1,52 @@
+"""Which anchor learns which object: MMDetection's ``MaxIoUAssigner`` as RetinaNet uses it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+BACKGROUND = -1
+IGNORED = -2
+
+_OVERLAPS_AT_ONCE = 4_000_000  # bounds the memory of a crowded image: 16 MB for each float32 matrix
+
+
+def assign(anchors: Tensor, boxes: Tensor, *, positive_iou: float = 0.5, negative_iou: float = 0.4) -> Tensor:
+    """Gives every anchor an object, the background, or nothing.
+
+    An anchor takes the object that it overlaps most if their IoU is at least ``positive_iou``, the background if it is
+    below ``negative_iou``, and is left out of the loss in between. Then every object takes the anchors of its own
+    highest IoU, ties included, whatever they had: these go to *that* object (torchvision's ``Matcher`` gives them to
+    the anchor's own best object), and where two objects claim one anchor the later one has it. An object that
+    overlaps no anchor at all takes none; MMDetection would hand it every anchor that touches nothing.
+
+    Source: MMDetection 3.3 ``mmdet/models/task_modules/assigners/max_iou_assigner.py`` with ``min_pos_iou=0``.
+
+    Args:
+        anchors: Corners ``(A, 4)``, float32 xyxy.
+        boxes: Objects ``(N, 4)``, float32 xyxy.
+        positive_iou: Lowest IoU of a positive anchor.
+        negative_iou: Below this IoU an anchor is background.
+
+    Returns:
+        Index of the object of each anchor ``(A,)``, int64, or ``BACKGROUND``, or ``IGNORED``.
+    """
+    device = anchors.device
+    best_iou = torch.zeros(len(anchors), device=device)
+    best_box = torch.zeros(len(anchors), dtype=torch.int64, device=device)
+    claimed = torch.full((len(anchors),), BACKGROUND, dtype=torch.int64, device=device)
+    rows = max(1, _OVERLAPS_AT_ONCE // max(1, len(anchors)))
+    for start in range(0, len(boxes), rows):
+        iou = box_iou(boxes[start : start + rows], anchors)
+        chunk_iou, chunk_box = iou.max(dim=0)
+        better = chunk_iou > best_iou  # strictly: between equals the earlier object wins
+        best_iou = torch.where(better, chunk_iou, best_iou)
+        best_box = torch.where(better, chunk_box + start, best_box)
+        highest = iou.max(dim=1, keepdim=True).values
+        object_index, anchor_index = torch.nonzero((iou == highest) & (highest > 0), as_tuple=True)
+        claimed.scatter_reduce_(0, anchor_index, object_index + start, reduce="amax")
+    assigned = torch.full_like(best_box, IGNORED)
+    assigned[best_iou < negative_iou] = BACKGROUND
+    assigned = torch.where(best_iou >= positive_iou, best_box, assigned)
+    return torch.where(claimed >= 0, claimed, assigned)

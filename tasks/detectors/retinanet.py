@@ -1,0 +1,240 @@
+"""RetinaNet on torchvision's modules, numerically equal to MMDetection's.
+
+Paper: Lin et al., Focal Loss for Dense Object Detection, arXiv 1708.02002. The settings are those of MMDetection 3.3
+``configs/_base_/models/retinanet_r50_fpn.py``, with which the published EfficientViT table was made. What differs from
+``torchvision.models.detection.RetinaNet``: anchors are unrounded and on nominal strides (`anchors`), low-quality
+matches go to the object that asks for them (`assigner`), size offsets are bounded on both sides (`coder`), anchors
+beyond an image's own padding are left out, and losses are divided by the positives of the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import Conv2dNormActivation, batched_nms, clip_boxes_to_image, sigmoid_focal_loss
+
+from effvit.errors import ConfigError
+from effvit.tasks.detectors.anchors import Anchors
+from effvit.tasks.detectors.assigner import BACKGROUND, IGNORED, assign
+from effvit.tasks.detectors.coder import SymmetricBoxCoder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from effvit.backbones import FeaturePyramid
+
+_PAD_DIVISOR = 32  # MMDetection's pad_size_divisor, by which an image's own area in the batch is known
+
+
+class RetinaNet(nn.Module):
+    """One-stage detector: a shared convolutional head on every level of a feature pyramid.
+
+    Args:
+        pyramid: Backbone and pyramid, images to one map a level.
+        num_classes: Number of object classes; the background has no output.
+        num_convs: Stacked 3x3 convolutions in each of the two branches of the head.
+        score_threshold: Detections need a score above this one.
+        nms_threshold: IoU above which the weaker of two boxes of one class is dropped.
+        candidates_per_level: Best candidates that each level may put forward before suppression.
+        detections_per_image: Best detections kept for an image.
+
+    Raises:
+        ConfigError: A count or threshold out of its range.
+    """
+
+    def __init__(
+        self,
+        pyramid: FeaturePyramid,
+        num_classes: int,
+        *,
+        num_convs: int = 4,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        candidates_per_level: int = 1000,
+        detections_per_image: int = 100,
+    ) -> None:
+        super().__init__()
+        _at_least("num_classes", num_classes, 1)
+        _at_least("num_convs", num_convs, 0)
+        _at_least("candidates_per_level", candidates_per_level, 1)
+        _at_least("detections_per_image", detections_per_image, 1)
+        _within_unit("score_threshold", score_threshold)
+        _within_unit("nms_threshold", nms_threshold)
+        self.pyramid = pyramid
+        self.anchors = Anchors(pyramid.strides)
+        self.head = _make_head(pyramid.out_channels, self.anchors.num_anchors_per_location()[0], num_classes, num_convs)
+        self.coder = SymmetricBoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+        self.num_classes = num_classes
+        self.score_threshold = score_threshold
+        self.nms_threshold = nms_threshold
+        self.candidates_per_level = candidates_per_level
+        self.detections_per_image = detections_per_image
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Raw outputs of the head.
+
+        Args:
+            images: Normalised images ``(B, 3, H, W)``.
+
+        Returns:
+            ``cls_logits`` ``(B, A, num_classes)`` and ``bbox_regression`` ``(B, A, 4)`` over the A anchors of all
+            levels.
+        """
+        outputs, _ = self._run(images)
+        return outputs
+
+    def _run(self, images: Tensor) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+        """Head outputs as in `forward`, and the size of each level's map."""
+        maps = list(self.pyramid(images).values())
+        outputs: dict[str, Tensor] = self.head(maps)
+        return outputs, [(level.shape[-2], level.shape[-1]) for level in maps]
+
+    def loss(
+        self, images: Tensor, sizes: Sequence[tuple[int, int]], targets: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Tensor]:
+        """Focal loss of the classes and L1 loss of the encoded boxes, in float32 also under autocast.
+
+        Both are sums over the batch divided by its number of positive anchors, where an image without any counts as
+        one (MMDetection's ``avg_factor``). Processes of a distributed run count their own positives, as there.
+
+        Args:
+            images: Normalised images ``(B, 3, H, W)``, padded at the bottom and at the right.
+            sizes: ``(height, width)`` of each image before padding, in pixels.
+            targets: ``boxes`` ``(N, 4)`` xyxy in pixels and ``labels`` ``(N,)`` of each image; N may be 0.
+
+        Returns:
+            Scalars ``loss_cls`` and ``loss_bbox``.
+        """
+        outputs, map_sizes = self._run(images)
+        with torch.autocast(images.device.type, enabled=False):
+            logits, deltas = outputs["cls_logits"].float(), outputs["bbox_regression"].float()
+            anchors = self.anchors(map_sizes, images.device)
+            boxes = [torch.as_tensor(target["boxes"], dtype=torch.float32, device=images.device) for target in targets]
+            labels = torch.cat([torch.as_tensor(target["labels"], device=images.device) for target in targets])
+            matched = torch.stack(
+                [self._match(anchors, own, map_sizes, size) for own, size in zip(boxes, sizes, strict=True)]
+            )
+            positives = (matched >= 0).sum(dim=1).clamp(min=1).sum()
+            image_index, anchor_index = torch.nonzero(matched >= 0, as_tuple=True)
+            first_object = torch.tensor([0, *map(len, boxes[:-1])], device=images.device).cumsum(0)
+            objects = matched[image_index, anchor_index] + first_object[image_index]
+            wanted = self.coder.encode_single(torch.cat(boxes)[objects], anchors[anchor_index])
+            return {
+                "loss_cls": _focal_loss(logits, matched, labels[objects]) / positives,
+                "loss_bbox": F.l1_loss(deltas[image_index, anchor_index], wanted, reduction="sum") / positives,
+            }
+
+    def _match(
+        self, anchors: Tensor, boxes: Tensor, map_sizes: Sequence[tuple[int, int]], size: tuple[int, int]
+    ) -> Tensor:
+        """Object index of every anchor ``(A,)`` of one image, ``BACKGROUND`` or ``IGNORED``."""
+        padded = (math.ceil(size[0] / _PAD_DIVISOR) * _PAD_DIVISOR, math.ceil(size[1] / _PAD_DIVISOR) * _PAD_DIVISOR)
+        inside = self.anchors.inside(map_sizes, padded, anchors.device)
+        if inside is None:
+            return assign(anchors, boxes)
+        matched = torch.full((len(anchors),), IGNORED, dtype=torch.int64, device=anchors.device)
+        matched[inside] = assign(anchors[inside], boxes) if len(boxes) else BACKGROUND
+        return matched
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Detects objects.
+
+        Args:
+            images: Normalised images ``(B, 3, H, W)``, padded at the bottom and at the right.
+            sizes: ``(height, width)`` of each image before padding, in pixels.
+
+        Returns:
+            One dictionary an image: ``boxes`` ``(N, 4)``, xyxy in pixels inside the image, ``scores`` ``(N,)``, best
+            first, and ``labels`` ``(N,)``.
+        """
+        outputs, map_sizes = self._run(images)
+        with torch.autocast(images.device.type, enabled=False):
+            anchors = self.anchors(map_sizes, images.device)
+            per_level = [
+                height * width * count
+                for (height, width), count in zip(map_sizes, self.anchors.num_anchors_per_location(), strict=True)
+            ]
+            return [
+                self._select(logits, deltas, anchors, per_level, size)
+                for logits, deltas, size in zip(outputs["cls_logits"], outputs["bbox_regression"], sizes, strict=True)
+            ]
+
+    def _select(
+        self, logits: Tensor, deltas: Tensor, anchors: Tensor, per_level: list[int], size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        """Final detections of one image out of its head outputs ``(A, num_classes)`` and ``(A, 4)``."""
+        found = []
+        start = 0
+        for level_logits in logits.split(per_level):
+            scores, places, labels = self._candidates(level_logits)
+            found.append((scores, places + start, labels))
+            start += len(level_logits)
+        scores, places, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+        boxes = clip_boxes_to_image(self.coder.decode_single(deltas[places].float(), anchors[places]), size)
+        # Boxes that the border cut down to a line are dropped (MMDetection's min_bbox_size=0).
+        solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
+        boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
+        keep = batched_nms(boxes, scores, labels, self.nms_threshold)[: self.detections_per_image]
+        return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
+
+    def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Best scores of one level ``(A, num_classes)`` over the threshold, their anchors and their classes."""
+        # Nearly all logits fail, so they are sifted before the sigmoid, by a bound that rounding cannot make too tight.
+        floor = torch.special.logit(torch.tensor(self.score_threshold)).item() - 0.1
+        places, labels = torch.nonzero(logits > floor, as_tuple=True)
+        scores = logits[places, labels].float().sigmoid()
+        enough = scores > self.score_threshold
+        scores, places, labels = scores[enough], places[enough], labels[enough]
+        scores, best = scores.topk(min(self.candidates_per_level, len(scores)))
+        return scores, places[best], labels[best]
+
+
+def _focal_loss(logits: Tensor, matched: Tensor, positive_labels: Tensor) -> Tensor:
+    """Sum of the focal loss over all anchors but the ignored ones.
+
+    Args:
+        logits: Class logits ``(B, A, num_classes)``.
+        matched: Object index of each anchor ``(B, A)``, ``BACKGROUND`` or ``IGNORED``.
+        positive_labels: Classes of the positive anchors, in the order of ``matched``.
+    """
+    counted = matched != IGNORED
+    used = logits[counted]
+    wanted = torch.zeros_like(used)
+    wanted[torch.nonzero(matched[counted] >= 0)[:, 0], positive_labels] = 1
+    loss: Tensor = sigmoid_focal_loss(used, wanted, alpha=0.25, gamma=2.0, reduction="sum")
+    return loss
+
+
+def _make_head(channels: int, num_anchors: int, num_classes: int, num_convs: int) -> RetinaNetHead:
+    """The head of torchvision, by whose names published checkpoints load, with any number of convolutions."""
+    head = RetinaNetHead(channels, num_anchors, num_classes)
+    for branch in (head.classification_head, head.regression_head):
+        branch.conv = nn.Sequential(
+            *(Conv2dNormActivation(channels, channels, norm_layer=None) for _ in range(num_convs))
+        )
+        branch.conv.apply(partial(_init_normal, std=0.01))
+    return head
+
+
+def _init_normal(module: nn.Module, std: float) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ConfigError(f"{name} must be at least {minimum}, not {value}")
+
+
+def _within_unit(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name} must be in [0, 1], not {value}")
