@@ -1,0 +1,100 @@
+"""The picture of a run's history: loss, metrics and learning rate over steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+_BLUE, _ORANGE, _GREEN, _GREY = "#1d7ad6", "#f58220", "#2a9d55", "#6e7278"
+
+
+def draw_curves(
+    path: Path,
+    steps: Sequence[int],
+    losses: Sequence[float],
+    rates: Sequence[float],
+    evaluations: Sequence[tuple[int, Mapping[str, float]]],
+    metrics: Sequence[str],
+) -> None:
+    """Writes the curves of a run as PNG.
+
+    Args:
+        path: Where to write.
+        steps: Optimizer step of each training record.
+        losses: Mean training loss up to each record.
+        rates: Learning rate at each record.
+        evaluations: Step and metrics of each validation.
+        metrics: Names of the metrics to draw, of those in ``evaluations``.
+    """
+    # A Figure of its own, not pyplot: no global state, no window system, nothing for the user's own plots to meet.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.4), dpi=110, layout="constrained")
+    loss_axes, metric_axes, rate_axes = figure.subplots(1, 3, width_ratios=(4, 4, 3))
+    _loss(loss_axes, steps, losses)
+    _metrics(metric_axes, evaluations, metrics)
+    rate_axes.plot(steps, rates, color=_GREEN, linewidth=1.6)
+    rate_axes.set_ylim(bottom=0)
+    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    for axes, title in ((loss_axes, "training loss"), (metric_axes, "validation"), (rate_axes, "learning rate")):
+        _style(axes, title, steps)
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, format="png")
+    temporary.replace(path)
+
+
+def smooth(values: Sequence[float], share: float = 0.9) -> list[float]:
+    """Exponential moving average without the pull towards its start (bias corrected, as Adam's moments)."""
+    result, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean = share * mean + (1 - share) * value
+        weight = share * weight + (1 - share)
+        result.append(mean / weight)
+    return result
+
+
+def _loss(axes: Axes, steps: Sequence[int], losses: Sequence[float]) -> None:
+    axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=1)
+    axes.plot(steps, smooth(losses), color=_BLUE, linewidth=1.8)
+    if losses:
+        # The first steps of a detector can be ten times the rest; they would flatten everything that matters.
+        ordered = sorted(smooth(losses))
+        top = ordered[int(0.98 * (len(ordered) - 1))] * 1.15
+        bottom = min(0.0, *losses)
+        if top > bottom:
+            axes.set_ylim(bottom, top)
+
+
+def _metrics(axes: Axes, evaluations: Sequence[tuple[int, Mapping[str, float]]], metrics: Sequence[str]) -> None:
+    for name, colour in zip(metrics, (_BLUE, _ORANGE, _GREEN, _GREY), strict=False):
+        points = [(step, row[name]) for step, row in evaluations if row.get(name, -1.0) >= 0]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3.5, label=name)
+            axes.annotate(
+                f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(5, 0), textcoords="offset points", color=colour, va="center"
+            )
+    if axes.lines:
+        axes.legend(frameon=False, loc="best")
+        axes.margins(x=0.14)
+        if all(row.get(name, 0.0) <= 1 for _, row in evaluations for name in metrics):
+            axes.set_ylim(0, min(1.02, max(axes.get_ylim()[1], 0.1)))
+
+
+def _style(axes: Axes, title: str, steps: Sequence[int]) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("step", color=_GREY)
+    if steps:
+        axes.set_xlim(left=0)
+    axes.grid(visible=True, color="#e8e9eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_GREY, length=0)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#c9ccd0")

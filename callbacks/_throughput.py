@@ -1,0 +1,51 @@
+"""Images per second of a training loop, as a user feels it: waiting for data counts, validation does not."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from torch import Tensor
+
+
+def count_images(batch: Any) -> int:
+    """Number of images in a batch ``(images (B, ...), targets)``; 0 for anything else."""
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    return int(images.shape[0]) if isinstance(images, Tensor) and images.dim() > 0 else 0
+
+
+class Throughput:
+    """Counts images against wall time.
+
+    Args:
+        window: Number of last batches that `rate` looks at.
+    """
+
+    def __init__(self, window: int = 50) -> None:
+        self._window: deque[tuple[float, int]] = deque(maxlen=window)
+        self._last: float | None = None
+        self.seconds = 0.0
+        self.images = 0
+
+    def resume(self) -> None:
+        """Starts the clock, at the start of training and after each interruption such as validation."""
+        self._last = time.perf_counter()
+
+    def add(self, images: int) -> None:
+        """Counts one batch, which ends now."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self._window.append((now - self._last, images))
+            self.seconds += now - self._last
+            self.images += images
+        self._last = now
+
+    def rate(self) -> float:
+        """Images/s over the last batches, 0 before the first."""
+        seconds = sum(span for span, _ in self._window)
+        return sum(images for _, images in self._window) / seconds if seconds else 0.0
+
+    def mean(self) -> float:
+        """Images/s over all batches, 0 before the first."""
+        return self.images / self.seconds if self.seconds else 0.0

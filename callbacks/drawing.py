@@ -1,0 +1,230 @@
+"""Boxes, masks, class names and scores on images, legible on a thumbnail and on a photograph."""
+
+from __future__ import annotations
+
+import colorsys
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Colour = tuple[int, int, int]
+_Rectangle = tuple[float, float, float, float]
+
+_INK: Colour = (28, 30, 34)
+_PAPER: Colour = (255, 255, 255)
+_MASK_OPACITY = 0.45
+# Hues by hand where a data set has few classes: far apart, and readable on photographs and on white.
+_FIRST_COLOURS: tuple[Colour, ...] = (
+    (230, 57, 70),
+    (29, 122, 214),
+    (42, 157, 85),
+    (245, 130, 32),
+    (142, 68, 214),
+    (0, 168, 181),
+    (233, 30, 140),
+    (176, 137, 0),
+    (121, 85, 72),
+    (94, 114, 228),
+)
+
+
+def class_colour(label: int) -> Colour:
+    """Colour (R, G, B) of a class, the same in every picture.
+
+    Args:
+        label: Contiguous label, 0 or more.
+    """
+    if 0 <= label < len(_FIRST_COLOURS):
+        return _FIRST_COLOURS[label]
+    # Steps of the golden ratio never fall on an earlier hue; lightness alternates as a second cue.
+    hue = (label * 0.6180339887) % 1.0
+    red, green, blue = colorsys.hls_to_rgb(hue, (0.45, 0.58, 0.36)[label % 3], 0.75)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_detections(
+    image: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    scores: Tensor | None = None,
+    *,
+    names: Sequence[str],
+    masks: Tensor | None = None,
+    score_threshold: float = 0.0,
+    min_side: int = 480,
+    max_side: int | None = None,
+) -> Image.Image:
+    """Draws objects on an image.
+
+    Args:
+        image: uint8 ``(3, H, W)``, RGB.
+        boxes: ``(N, 4)`` as (x1, y1, x2, y2), in pixels of ``image``.
+        labels: ``(N,)``, contiguous.
+        scores: ``(N,)`` in ``[0, 1]``; ``None`` for ground truth.
+        names: Class name of each label.
+        masks: ``(N, H, W)``, true inside the object.
+        score_threshold: Objects below this score are left out.
+        min_side: The picture is enlarged, by at most 4, until its longer side has this many pixels.
+        max_side: The picture is shrunk until its longer side has at most this many pixels. ``None`` keeps its size.
+
+    Returns:
+        RGB picture; its size differs from that of ``image`` where ``min_side`` or ``max_side`` asks for it.
+
+    Raises:
+        ValueError: ``image`` is not uint8 ``(3, H, W)``, or the numbers of boxes, labels, scores and masks differ.
+    """
+    _check(image, boxes, labels, scores, masks)
+    keep = torch.arange(len(boxes))
+    if scores is not None:
+        order = scores.detach().cpu().float().argsort(descending=True, stable=True)
+        keep = order[scores.detach().cpu().float()[order] >= score_threshold]
+    boxes, labels = boxes.detach().cpu().float()[keep], labels.detach().cpu()[keep]
+    captions = [_caption(int(label), names) for label in labels]
+    if scores is not None:
+        captions = [f"{text} {float(s):.2f}" for text, s in zip(captions, scores.detach().cpu()[keep], strict=True)]
+    pixels = image.detach().cpu().permute(1, 2, 0).numpy()
+    if masks is not None:
+        pixels = _blend(pixels, masks.detach().cpu()[keep].bool().numpy(), labels.tolist())
+    picture, scale = _resize(Image.fromarray(np.ascontiguousarray(pixels)), min_side, max_side)
+    _draw(picture, (boxes * scale).tolist(), [class_colour(int(label)) for label in labels], captions)
+    return picture
+
+
+def panel_grid(
+    rows: Sequence[Sequence[Image.Image]],
+    titles: Sequence[str] = ("ground truth", "prediction"),
+    *,
+    pairs_per_row: int = 1,
+) -> Image.Image:
+    """Lays pictures out side by side under titles, each row one image.
+
+    Args:
+        rows: Pictures of one image each, as many as there are titles.
+        titles: What each column shows.
+        pairs_per_row: How many of ``rows`` stand beside each other; the titles repeat.
+
+    Returns:
+        RGB picture on white.
+
+    Raises:
+        ValueError: There are no rows, or a row has not as many pictures as there are titles.
+    """
+    if not rows or any(len(row) != len(titles) for row in rows):
+        raise ValueError(f"panel_grid needs rows of {len(titles)} pictures each, got {[len(row) for row in rows]}")
+    gap, margin, head = 6, 16, 34
+    cell_width = max(picture.width for row in rows for picture in row)
+    lines = [rows[start : start + pairs_per_row] for start in range(0, len(rows), pairs_per_row)]
+    heights = [max(picture.height for row in line for picture in row) for line in lines]
+    pair_width = len(titles) * cell_width + (len(titles) - 1) * gap
+    across = min(pairs_per_row, len(rows))
+    width = 2 * margin + across * pair_width + (across - 1) * 2 * margin
+    sheet = Image.new("RGB", (width, head + sum(heights) + gap * (len(lines) - 1) + margin), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    lefts = [
+        margin + pair * (pair_width + 2 * margin) + column * (cell_width + gap)
+        for pair in range(across)
+        for column in range(len(titles))
+    ]
+    for number, left in enumerate(lefts):
+        draw.text((left, head / 2), titles[number % len(titles)], fill=_INK, font=_font(16), anchor="lm")
+    top = head
+    for line, height in zip(lines, heights, strict=True):
+        for left, picture in zip(lefts, (picture for row in line for picture in row), strict=False):
+            sheet.paste(picture, (left + (cell_width - picture.width) // 2, top + (height - picture.height) // 2))
+        top += height + gap
+    return sheet
+
+
+def _check(image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor | None, masks: Tensor | None) -> None:
+    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
+        raise ValueError(f"an image must be uint8 of shape (3, H, W), not {image.dtype} {tuple(image.shape)}")
+    counts = {"boxes": len(boxes), "labels": len(labels)}
+    counts |= {"scores": len(scores)} if scores is not None else {}
+    counts |= {"masks": len(masks)} if masks is not None else {}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"as many boxes, labels, scores and masks are needed, got {counts}")
+
+
+def _caption(label: int, names: Sequence[str]) -> str:
+    return names[label] if 0 <= label < len(names) else f"class {label}"
+
+
+def _blend(pixels: np.ndarray, masks: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+    mixed = pixels.astype(np.float32)
+    # Weakest first, so that the best object stays visible where masks overlap.
+    for mask, label in zip(masks[::-1], labels[::-1], strict=True):
+        mixed[mask] += _MASK_OPACITY * (np.array(class_colour(label), np.float32) - mixed[mask])
+    return mixed.round().astype(np.uint8)
+
+
+def _resize(picture: Image.Image, min_side: int, max_side: int | None) -> tuple[Image.Image, float]:
+    side = max(picture.size)
+    scale = min(max(1.0, min_side / side), 4.0)
+    if max_side is not None:
+        scale = min(scale, max_side / side)
+    if scale == 1.0:
+        return picture, 1.0
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.LANCZOS), scale
+
+
+def _draw(picture: Image.Image, boxes: list[list[float]], colours: Sequence[Colour], captions: Sequence[str]) -> None:
+    draw = ImageDraw.Draw(picture)
+    side = max(picture.size)
+    line = max(2, round(side / 320))
+    font = _font(max(12, round(side / 44)))
+    for box, colour in zip(reversed(boxes), list(reversed(colours)), strict=True):
+        x1, y1, x2, y2 = box
+        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=line)
+    placed: list[_Rectangle] = []
+    for box, colour, caption in zip(boxes, colours, captions, strict=True):
+        tag = _place(draw, box, caption, font, picture.size, placed)
+        placed.append(tag)
+        draw.rectangle(tag, fill=colour)
+        ink = _PAPER if _luminance(colour) < 0.6 else _INK
+        draw.text(((tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2), caption, fill=ink, font=font, anchor="mm")
+
+
+def _place(
+    draw: ImageDraw.ImageDraw,
+    box: Sequence[float],
+    caption: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    size: tuple[int, int],
+    placed: Sequence[_Rectangle],
+) -> _Rectangle:
+    """Rectangle for a caption at its box: the first of five places inside the picture that covers no other caption."""
+    left, top, right, bottom = draw.textbbox((0, 0), caption, font=font)
+    _, capital_top, _, descent = draw.textbbox((0, 0), "Ag", font=font)  # one height for all captions
+    width, height = right - left + 6, max(bottom - top, descent - capital_top) + 5
+    x1, y1, x2, y2 = box
+    corners = [(x1, y1 - height), (x1, y2), (x1, y1), (x2 - width, y1 - height), (x2 - width, y2)]
+    tags = [_inside(x, y, width, height, size) for x, y in corners]
+    free = [tag for tag in tags if not any(_overlap(tag, other) for other in placed)]
+    return (free or tags)[0]
+
+
+def _inside(x: float, y: float, width: float, height: float, size: tuple[int, int]) -> _Rectangle:
+    x = min(max(x, 0.0), max(0.0, size[0] - 1 - width))
+    y = min(max(y, 0.0), max(0.0, size[1] - 1 - height))
+    return x, y, x + width, y + height
+
+
+def _overlap(a: _Rectangle, b: _Rectangle) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _luminance(colour: Colour) -> float:
+    return (0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]) / 255
+
+
+@lru_cache(maxsize=16)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
