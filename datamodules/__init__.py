@@ -1,0 +1,31 @@
+"""Data: detection sets in COCO format, the embedded digits, image folders, and the check of a data set.
+
+The names below load on first use, so that a command pays only for what it uses.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from effvit.datamodules.coco import CocoDetection
+    from effvit.datamodules.digits import HandwrittenDigits
+    from effvit.datamodules.images import ImageFiles
+    from effvit.datamodules.inspection import DatasetReport, inspect_coco
+
+__all__ = ["CocoDetection", "DatasetReport", "HandwrittenDigits", "ImageFiles", "inspect_coco"]
+
+_HOMES = {
+    "CocoDetection": "coco",
+    "DatasetReport": "inspection",
+    "HandwrittenDigits": "digits",
+    "ImageFiles": "images",
+    "inspect_coco": "inspection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"effvit.datamodules.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'effvit.datamodules' has no attribute {name!r}")

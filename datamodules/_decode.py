@@ -1,0 +1,125 @@
+"""Image files to uint8 RGB: greyscale, CMYK, 16-bit, palette, EXIF rotation, and a clear error for everything else."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from effvit.errors import DatasetError
+
+_JPEG_MAGIC = b"\xff\xd8\xff"
+_ORIENTATION = 0x0112  # EXIF tag
+
+
+def read_image(path: Path, *, size: tuple[int, int] | None = None, where: str = "") -> torch.Tensor:
+    """Reads an image file as RGB.
+
+    A file with an EXIF orientation may have been annotated as displayed or as stored. The annotated size decides:
+    where it equals the displayed size the image is transposed, where it equals only the stored size it is not.
+
+    Args:
+        path: The file.
+        size: Annotated height and width in pixels; without it, EXIF orientation is always applied.
+        where: What the error message adds about the image, such as its id.
+
+    Returns:
+        uint8 ``(3, H, W)``, laid out in memory as ``(H, W, 3)``.
+
+    Raises:
+        DatasetError: The file is missing, truncated, not an image, or of another size than annotated.
+    """
+    where = f" ({where})" if where else ""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise DatasetError(f"cannot read image {path}{where}: {reason}") from error
+    try:
+        image, orientation = _decode(data)
+    except UnidentifiedImageError as error:
+        raise DatasetError(
+            f"{path}{where} is not an image in a known format ({len(data)} bytes); restore the file or remove its entry"
+        ) from error
+    except Exception as error:
+        raise DatasetError(
+            f"image {path}{where} is truncated or damaged ({len(data)} bytes): {_last_words(error)}; "
+            "restore the file or remove its entry"
+        ) from error
+    return _orient(image, orientation, size, f"{path}{where}")
+
+
+def _decode(data: bytes) -> tuple[torch.Tensor, int]:
+    """RGB as stored, and the EXIF orientation (1: as stored)."""
+    orientation = 1
+    is_jpeg = data.startswith(_JPEG_MAGIC)
+    if not is_jpeg or b"Exif" in data[:65536] or _jpeg_components(data) not in {1, 3}:
+        with Image.open(io.BytesIO(data)) as image:
+            orientation = _read_orientation(image)
+            if not is_jpeg or image.mode == "CMYK":
+                return _from_pil(image), orientation
+    # torchvision is as fast as OpenCV here, gives the same pixels, and refuses a truncated file,
+    # which older OpenCV fills with grey.
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return decode_jpeg(buffer, mode=ImageReadMode.RGB), orientation
+
+
+def _read_orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  a damaged EXIF block must not make a sound image unreadable
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _jpeg_components(data: bytes) -> int:
+    """Number of colour components in a JPEG's frame header; 0 where there is none."""
+    position = 2
+    while position + 10 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in {0xC4, 0xC8, 0xCC}:
+            return data[position + 9]
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return 0
+
+
+def _from_pil(image: Image.Image) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # palette images with transparency: the alpha channel is dropped on purpose
+        if image.mode.startswith("I"):  # 16 bits: keep the high byte
+            deep = np.asarray(image).astype(np.int64)
+            rgb = Image.fromarray((deep.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+        elif image.mode == "P" and "transparency" in image.info:
+            rgb = image.convert("RGBA").convert("RGB")
+        else:
+            rgb = image.convert("RGB")
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+def _orient(image: torch.Tensor, orientation: int, size: tuple[int, int] | None, where: str) -> torch.Tensor:
+    stored = (image.shape[1], image.shape[2])
+    displayed = stored[::-1] if orientation >= 5 else stored
+    if size is not None and size != displayed:
+        if size == stored:
+            return image
+        raise DatasetError(
+            f"image {where} has {stored[1]}x{stored[0]} pixels (width x height)"
+            + (f", {displayed[1]}x{displayed[0]} after its EXIF rotation" if displayed != stored else "")
+            + f", but its annotation says {size[1]}x{size[0]}; correct width and height in the JSON or restore the file"
+        )
+    if orientation == 1:
+        return image
+    turned = Image.fromarray(image.permute(1, 2, 0).numpy())
+    turned.getexif()[_ORIENTATION] = orientation
+    upright = ImageOps.exif_transpose(turned)
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+
+
+def _last_words(error: Exception) -> str:
+    """The readable tail of an error message: torchvision prefixes function, source file and line."""
+    return str(error).strip().splitlines()[0].rsplit(", ", 1)[-1] if str(error).strip() else type(error).__name__

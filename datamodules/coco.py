@@ -1,0 +1,294 @@
+"""Object detection on any data set in COCO format."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from effvit.categories import Categories
+from effvit.datamodules._annotations import AnnotationTable
+from effvit.datamodules._checks import Fault, apply_policy, fault_table, find_faults, read_coco
+from effvit.datamodules._layout import SplitFiles, find_split, has_split
+from effvit.datamodules._samplers import EpochSampler, ResumableLoader
+from effvit.datamodules._samples import AnnotatedImages, single_threaded
+from effvit.datamodules.transforms import Collate, eval_transform, train_transform
+from effvit.errors import ConfigError, DatasetError, close_matches
+
+_log = logging.getLogger(__name__)
+_POLICIES = ("error", "skip", "clip")
+_STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
+
+
+class CocoDetection(LightningDataModule):
+    """Detection data in COCO format, read as the published recipes do.
+
+    Where no files are named, a split is looked for as ``annotations/instances_<split>2017.json`` with ``<split>2017/``,
+    as ``annotations/instances_<split>.json`` with ``<split>/``, and as ``<split>/_annotations.coco.json`` with the
+    images beside it. A data set without a test split is tested on its validation split.
+
+    A batch is ``(images, targets)``: uint8 images ``(B, 3, H, W)`` in channels_last memory, padded with 0, and for each
+    a dictionary with ``image_id``, ``boxes`` (float32 ``(N, 4)``, XYXY in the resized image), ``labels`` (int64
+    ``(N,)``), ``size`` and ``original_size`` (height, width), ``file_name`` and, where asked for, ``masks`` (uint8
+    ``(N, H, W)`` at the original size, flipped as the image).
+
+    The order of training images and their augmentation depend on ``seed``, the epoch and the image alone, not on workers
+    or on what ran before; a run resumed within an epoch goes on with the next batch.
+
+    Args:
+        root: Folder of the data set.
+        train_annotations: JSON of the training split, relative to ``root``.
+        train_images: Image folder of the training split, relative to ``root``.
+        val_annotations: JSON of the validation split.
+        val_images: Image folder of the validation split.
+        test_annotations: JSON of the test split.
+        test_images: Image folder of the test split.
+        batch_size: Training images in a batch, per process.
+        val_batch_size: Images in a batch of evaluation. With 1, padding and hence AP do not depend on which images
+            happen to share a batch.
+        num_workers: Processes that load images; 0 loads in the training process.
+        image_size: Limits of the long and the short side in pixels; the ratio is kept.
+        scale_jitter: Range of a random factor on ``image_size`` in training.
+        flip: Probability of a horizontal flip in training.
+        pad_divisor: Height and width of a batch are multiples of this.
+        masks: Load instance masks.
+        keep_empty: Train on images without any annotation too; the published recipes leave them out.
+        faults: What to do about faulty annotations and missing files. "error" stops before training and lists them all,
+            "skip" leaves them out, "clip" cuts boxes that reach beyond the image and leaves out the rest.
+        seed: Seed of order and augmentation.
+
+    Raises:
+        ConfigError: An option is out of its range.
+        DatasetError: The folder is not there.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        train_annotations: str | None = None,
+        train_images: str | None = None,
+        val_annotations: str | None = None,
+        val_images: str | None = None,
+        test_annotations: str | None = None,
+        test_images: str | None = None,
+        batch_size: int = 2,
+        val_batch_size: int = 1,
+        num_workers: int = 2,
+        image_size: tuple[int, int] = (1333, 800),
+        scale_jitter: tuple[float, float] = (1.0, 1.0),
+        flip: float = 0.5,
+        pad_divisor: int = 32,
+        masks: bool = False,
+        keep_empty: bool = False,
+        faults: Literal["error", "skip", "clip"] = "error",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.root = Path(root)
+        self._files = {
+            "train": (train_annotations, train_images),
+            "val": (val_annotations, val_images),
+            "test": (test_annotations, test_images),
+        }
+        _check_positive(batch_size=batch_size, val_batch_size=val_batch_size, pad_divisor=pad_divisor)
+        _check_positive(**{"image_size[0]": image_size[0], "image_size[1]": image_size[1]})
+        if num_workers < 0:
+            raise ConfigError(f"num_workers must be 0 or more, found {num_workers}")
+        if not 0.0 <= flip <= 1.0:
+            raise ConfigError(f"flip is a probability and must lie in 0 … 1, found {flip}")
+        if not 0.0 < scale_jitter[0] <= scale_jitter[1]:
+            raise ConfigError(f"scale_jitter must be a range 0 < low <= high, found {scale_jitter}")
+        if faults not in _POLICIES:
+            raise ConfigError(f"faults must be one of {_POLICIES}, found {faults!r}. {close_matches(faults, _POLICIES)}")
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size
+        self.num_workers = num_workers
+        self.image_size = image_size
+        self.scale_jitter = scale_jitter
+        self.flip = flip
+        self.masks = masks
+        self.keep_empty = keep_empty
+        self.faults = faults
+        self.seed = seed
+        # A validation split smaller than the number of processes leaves one without images of its own.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        self._collate = Collate(pad_divisor)
+        self._categories: Categories | None = None
+        self._truths: dict[str, dict[str, Any]] = {}
+        self._datasets: dict[str, AnnotatedImages] = {}
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """Class name of each category id; reads only a JSON, and works before ``setup``."""
+        if self._categories is None:
+            split = next((name for name in ("val", "test", "train") if self._has(name)), "train")
+            self._categories = Categories.from_coco(read_coco(self._locate(split).annotations)["categories"])
+        return self._categories.to_dict()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.categories)
+
+    def ground_truth(self, stage: Literal["validate", "test"]) -> dict[str, Any]:
+        """The COCO dictionary that predictions of a stage are compared with.
+
+        It is the file as it is, crowd regions included, with ``area`` and ``iscrowd`` added where a file lacks them, and
+        without what the policy ``faults`` left out.
+
+        Args:
+            stage: "validate" or "test".
+
+        Raises:
+            DatasetError: The annotations have faults, and the policy is "error".
+        """
+        split = self._resolve(_STAGE_SPLITS[stage][0])
+        if split not in self._truths:
+            self._truths[split] = _complete(self._read([split])[split])
+        return self._truths[split]
+
+    def setup(self, stage: str) -> None:
+        """Reads and checks the annotations of a stage; images are opened later, one by one.
+
+        Raises:
+            DatasetError: Files are missing or faulty, or the splits declare different categories.
+        """
+        wanted = [self._resolve(split) for split in _STAGE_SPLITS[stage]]
+        missing = [split for split in wanted if split not in self._datasets]
+        for split, data in self._read(missing).items():
+            self._datasets[split] = self._make_dataset(split, data)
+            if split != "train":
+                self._truths[split] = _complete(data)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Training batches in the order of this epoch."""
+        dataset = self._datasets["train"]
+        return ResumableLoader(
+            dataset,
+            sampler=EpochSampler(dataset.table.is_wide, self.batch_size, self.seed, self._ranks()),
+            batch_size=self.batch_size,
+            batches_done=self._batches_done,
+            num_workers=self.num_workers,
+            collate_fn=self._collate,
+            worker_init_fn=single_threaded,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Validation batches in the order of the JSON."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Test batches in the order of the JSON."""
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of the test split, to predict on."""
+        # A plain loader: Lightning rebuilds the loader of this stage to keep track of indices.
+        return DataLoader(
+            self._datasets[self._resolve("test")],
+            batch_size=self.val_batch_size,
+            num_workers=self.num_workers,
+            collate_fn=self._collate,
+            worker_init_fn=single_threaded,
+        )
+
+    def _eval_loader(self, split: str) -> DataLoader[Any]:
+        dataset = self._datasets[self._resolve(split)]
+        # Every process runs the same number of batches, the last images repeated where the number does not divide:
+        # a process that finishes early would leave the others waiting in a collective call (DDP's buffers, FSDP's
+        # parameters). The evaluator counts each image id once.
+        sampler: DistributedSampler[Any] = DistributedSampler(dataset, *self._ranks(), shuffle=False)
+        return DataLoader(
+            dataset,
+            batch_size=self.val_batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=self._collate,
+            worker_init_fn=single_threaded,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _make_dataset(self, split: str, data: dict[str, Any]) -> AnnotatedImages:
+        categories = Categories.from_coco(data["categories"])
+        if self._categories is None:
+            self._categories = categories
+        if categories != self._categories:
+            raise DatasetError(
+                f"{self._locate(split).annotations} declares the categories {categories.to_dict()}, "
+                f"another split declares {self._categories.to_dict()}; all splits need the same ones"
+            )
+        training = split == "train"
+        table = AnnotationTable(data, categories, masks=self.masks, keep_empty=self.keep_empty or not training)
+        if not len(table):
+            raise DatasetError(f"{self._locate(split).annotations} has no image to {'train on' if training else 'use'}")
+        _log.info("%s split: %d of %d images", split, len(table), len(data["images"]))
+        if training:
+            transform = train_transform(self.image_size, self.flip, self.scale_jitter)
+        else:
+            transform = eval_transform(self.image_size)
+        return AnnotatedImages(table, self._locate(split).images, transform, self.seed)
+
+    def _read(self, splits: list[str]) -> dict[str, dict[str, Any]]:
+        """Reads splits and applies the policy, to the faults of all of them together."""
+        read: dict[str, dict[str, Any]] = {}
+        found: dict[Path, list[Fault]] = {}
+        for split in splits:
+            files = self._locate(split)
+            data = read_coco(files.annotations)
+            faults = find_faults(data, files.images)
+            if faults and self.faults != "error":
+                data, counts = apply_policy(data, faults, self.faults)
+                _log.warning("%s: faults handled by policy %r: %s", files.annotations, self.faults, counts)
+            elif faults:
+                found[files.annotations] = faults
+            read[split] = data
+        if found:
+            raise DatasetError(_fault_report(found))
+        return read
+
+    def _locate(self, split: str) -> SplitFiles:
+        return find_split(self.root, split, *self._files[split])
+
+    def _has(self, split: str) -> bool:
+        return self._files[split][0] is not None or has_split(self.root, split)
+
+    def _resolve(self, split: str) -> str:
+        """The split itself, or "val" where there is no test split."""
+        return "val" if split == "test" and not self._has("test") else split
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _batches_done(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer is not None else 0
+
+
+def _fault_report(found: dict[Path, list[Fault]]) -> str:
+    parts = [f"{len(faults)} fault(s) in {path}:\n{fault_table(faults)}" for path, faults in found.items()]
+    return (
+        "\n".join(parts)
+        + "\nCorrect the data, or pass `--data.faults skip` to leave these out"
+        + " (`--data.faults clip` cuts boxes that reach beyond the image instead)."
+    )
+
+
+def _complete(data: dict[str, Any]) -> dict[str, Any]:
+    """Adds what pycocotools needs and some tools leave out."""
+    annotations = [
+        {"iscrowd": 0, "area": annotation["bbox"][2] * annotation["bbox"][3], **annotation}
+        for annotation in data["annotations"]
+    ]
+    return {**data, "annotations": annotations}
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ConfigError(f"{name} must be 1 or more, found {value}")

@@ -1,0 +1,119 @@
+"""Transforms of images and boxes, as torchvision v2 transforms on tv_tensors, and the collation of a batch.
+
+A sample is a dictionary with ``image`` (``tv_tensors.Image``, uint8), ``boxes`` (``tv_tensors.BoundingBoxes``, XYXY) and,
+where asked for, ``masks`` (``tv_tensors.Mask``). Images stay uint8 up to the device, which normalises whole batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+Sample = dict[str, Any]
+Target = dict[str, Any]
+
+
+def keep_ratio_size(height: int, width: int, scale: tuple[int, int]) -> tuple[int, int]:
+    """Size of an image that is resized as large as it can be within ``scale``, keeping its ratio.
+
+    The rule and its rounding are MMDetection's (``mmcv.rescale_size``).
+
+    Args:
+        height: Height in pixels.
+        width: Width in pixels.
+        scale: Limits of the long and the short side in pixels, in either order.
+
+    Returns:
+        New height and width.
+    """
+    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
+
+
+class KeepRatioResize(v2.Transform):
+    """Resizes image and boxes as large as ``scale`` allows, and clips the boxes to the image.
+
+    Bilinear without antialiasing on uint8, which is OpenCV's ``INTER_LINEAR`` bit for bit: the published recipes were
+    trained with it. Masks keep the size of their file: a detector that needs them crops a small window around each
+    object, so that enlarging whole masks would be waste (measured in ``benchmarks/README.md``).
+
+    Args:
+        scale: Limits of the long and the short side in pixels.
+        jitter: Range of a random factor on the size; ``(1, 1)`` for none.
+    """
+
+    def __init__(self, scale: tuple[int, int], jitter: tuple[float, float] = (1.0, 1.0)) -> None:
+        super().__init__()
+        self.scale = scale
+        self.jitter = jitter
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draws the new size of the image among ``flat_inputs``."""
+        height, width = next(tuple(x.shape[-2:]) for x in flat_inputs if isinstance(x, tv_tensors.Image))
+        low, high = self.jitter
+        factor = low if low == high else float(torch.empty(()).uniform_(low, high))
+        scale = (round(self.scale[0] * factor), round(self.scale[1] * factor))
+        return {"size": keep_ratio_size(height, width, scale)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resizes an image or boxes; leaves everything else alone."""
+        height, width = params["size"]
+        if isinstance(inpt, tv_tensors.BoundingBoxes):
+            return F.clamp_bounding_boxes(F.resize(inpt, [height, width]))
+        if not isinstance(inpt, tv_tensors.Image) or inpt.shape[-2:] == (height, width):
+            return inpt
+        pixels = inpt.as_subclass(torch.Tensor).permute(1, 2, 0).contiguous().numpy()
+        resized = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+        return tv_tensors.wrap(torch.from_numpy(resized).permute(2, 0, 1), like=inpt)
+
+
+def train_transform(scale: tuple[int, int], flip: float, jitter: tuple[float, float]) -> v2.Transform:
+    """The augmentation of the published recipes: keep-ratio resize and horizontal flip.
+
+    Args:
+        scale: Limits of the long and the short side in pixels.
+        flip: Probability of a horizontal flip.
+        jitter: Range of a random factor on the size.
+    """
+    return v2.Compose([KeepRatioResize(scale, jitter), v2.RandomHorizontalFlip(flip)])
+
+
+def eval_transform(scale: tuple[int, int]) -> v2.Transform:
+    """Keep-ratio resize alone.
+
+    Args:
+        scale: Limits of the long and the short side in pixels.
+    """
+    return KeepRatioResize(scale)
+
+
+class Collate:
+    """Puts samples into one uint8 batch.
+
+    Images go to the top left of a common size, the largest height and width rounded up to ``divisor``; the rest is 0.
+    The batch has the shape ``(B, 3, H, W)`` in channels_last memory: decoders and resizers give ``(H, W, 3)``, so that a
+    row is copied whole, and channels_last is what convolutions want.
+
+    Args:
+        divisor: Height and width of the batch are multiples of this.
+    """
+
+    def __init__(self, divisor: int = 32) -> None:
+        self.divisor = divisor
+
+    def __call__(self, samples: Sequence[tuple[torch.Tensor, Target]]) -> tuple[torch.Tensor, list[Target]]:
+        """Batches ``(image, target)`` pairs into images ``(B, 3, H, W)`` and the list of targets."""
+        images = [image.as_subclass(torch.Tensor).permute(1, 2, 0) for image, _ in samples]
+        height, width = (
+            -(-max(image.shape[axis] for image in images) // self.divisor) * self.divisor for axis in (0, 1)
+        )
+        batch = torch.zeros((len(images), height, width, 3), dtype=torch.uint8)
+        for row, image in zip(batch, images, strict=True):
+            row[: image.shape[0], : image.shape[1]] = image
+        return batch.permute(0, 3, 1, 2), [target for _, target in samples]
