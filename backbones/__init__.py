@@ -1,0 +1,24 @@
+"""Networks that turn images into feature maps, and the pyramid on top; pure torch."""
+
+from effvit.backbones import efficientvit as _efficientvit  # noqa: F401 - registers its variants
+from effvit.backbones._checkpoint import LoadReport, load_checkpoint, read_checkpoint
+from effvit.backbones._contract import Backbone, Classifier, FeatureMap, InputSpec, VariantInfo
+from effvit.backbones._factory import create_backbone, create_classifier
+from effvit.backbones._pyramid import FeaturePyramid
+from effvit.backbones._registry import backbone_info, list_backbones
+
+__all__ = [
+    "Backbone",
+    "Classifier",
+    "FeatureMap",
+    "FeaturePyramid",
+    "InputSpec",
+    "LoadReport",
+    "VariantInfo",
+    "backbone_info",
+    "create_backbone",
+    "create_classifier",
+    "list_backbones",
+    "load_checkpoint",
+    "read_checkpoint",
+]

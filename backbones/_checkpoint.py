@@ -1,0 +1,243 @@
+"""Checkpoints of any origin, told apart by what they hold, and the report of what was loaded."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from effvit.backbones._contract import Backbone, Classifier
+from effvit.backbones._registry import build, list_backbones
+from effvit.errors import CheckpointError
+
+# Where the weights are inside a file, in this order: Lightning and MMDetection; the official repositories; averages.
+_WRAPPERS = ("state_dict", "model", "module", "state_dict_ema", "model_ema")
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each entry of a checkpoint; names are the network's, those of `unexpected` the file's.
+
+    Attributes:
+        matched: Loaded, tables that were resized included.
+        missing: In the network, not in the checkpoint.
+        unexpected: In the checkpoint, not in the network.
+        resized: Position tables that were made for another window or image size.
+        mismatched: In both with another shape, and not loaded.
+    """
+
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    resized: tuple[str, ...]
+    mismatched: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line with the counts, and one more with the first names of each list that needs a look."""
+        counts = f"{len(self.matched)} matched ({len(self.resized)} of them resized)"
+        lines = []
+        for title in ("missing", "mismatched", "unexpected"):
+            names: tuple[str, ...] = getattr(self, title)
+            counts += f", {len(names)} {title}"
+            if names:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                lines.append(f"  {title}: {', '.join(names[:_NAMED])}{more}")
+        return "\n".join([counts, *lines])
+
+
+def load_checkpoint(network: Backbone | Classifier, path: str | Path, *, strict: bool = True) -> LoadReport:
+    """Loads weights into a network.
+
+    The file may be the family's official one, timm's, MMDetection's or ours: wrappers and prefixes are found by content.
+    Position tables of another size are resized. A classifier's head is loaded where it fits and starts fresh otherwise.
+
+    Args:
+        network: A backbone, or a classifier on one; not fused.
+        path: A safetensors file, or one of ``torch.save``.
+        strict: Fail unless every entry of the trunk is loaded.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, unsafe to open or no checkpoint, or the trunk is not filled.
+    """
+    path = Path(path)
+    state = read_checkpoint(path)
+    backbone = network.backbone if isinstance(network, Classifier) else network
+    report, values = _match(state, backbone, _targets(network, backbone))
+    trunk = backbone.state_dict().keys()
+    if strict and not trunk.isdisjoint({*report.missing, *report.mismatched}):
+        raise CheckpointError(f"{path} does not fill {backbone.info.name}: {_verdict(state, backbone)}.\n{report}")
+    for part, prefix in ((backbone, ""), (network.head if isinstance(network, Classifier) else None, "head.")):
+        if part is not None:
+            own = part.state_dict().keys()
+            part.load_state_dict({name: values[prefix + name] for name in own if prefix + name in values}, strict=False)
+    return report
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, out of their wrappers, prefixes kept.
+
+    Whether the file is a safetensors file or one of ``torch.save`` is read from its first bytes. Nothing in it is ever
+    executed: a file that asks for more than tensors and plain containers is refused.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, unsafe to open, or no checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint file {path}")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:9] == b"{":
+        return _read_safetensors(path)
+    if not start.startswith((_ZIP, _PICKLE)):
+        raise CheckpointError(f"{path} is no checkpoint: neither a safetensors file nor one of torch.save")
+    content = _read_pickle(path, mmap=start.startswith(_ZIP))
+    while isinstance(content, Mapping):
+        inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    state = (
+        {str(key): value for key, value in content.items() if isinstance(value, Tensor)} if _is_dict(content) else {}
+    )
+    if not state:
+        raise CheckpointError(
+            f"{path} holds no weights: a dictionary of tensors is expected, found {_describe(content)}"
+        )
+    return state
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or incomplete ({error}); download or copy it again") from error
+
+
+def _read_pickle(path: Path, *, mmap: bool) -> Any:
+    try:
+        # The official training script stores its command line; a Namespace only holds values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported" in reason or "GLOBAL" in reason or "was not an allowed global" in reason:
+            found = re.search(r"(?:GLOBAL|global:? ?)\s*([\w.]+)", reason)
+            what = f" ({found[1]})" if found else ""
+            raise CheckpointError(
+                f"{path} holds Python objects{what} beside tensors. Opening them could run code, so the file is "
+                "refused and nothing of it was executed. Save its state_dict alone, or as safetensors."
+            ) from None
+        raise CheckpointError(
+            f"{path} is damaged or incomplete, or no checkpoint ({reason.splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or incomplete ({reason}); download or copy it again") from error
+
+
+def _is_dict(content: Any) -> bool:
+    return isinstance(content, Mapping)
+
+
+def _describe(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return f"a dictionary with the keys {sorted(map(str, content))[:_NAMED]}"
+    return f"an object of type {type(content).__name__}"
+
+
+def _targets(network: Backbone | Classifier, backbone: Backbone) -> dict[str, Tensor]:
+    """What a checkpoint can fill, trunk names bare and those of a head under ``head.``."""
+    targets = dict(backbone.state_dict())
+    if isinstance(network, Classifier):
+        targets |= {f"head.{name}": value for name, value in network.head.state_dict().items()}
+    return targets
+
+
+def _match(
+    state: Mapping[str, Tensor], backbone: Backbone, targets: Mapping[str, Tensor]
+) -> tuple[LoadReport, dict[str, Tensor]]:
+    """Sorts a file's entries, and the values to load by our name."""
+    values: dict[str, Tensor] = {}
+    unexpected, resized, mismatched = [], [], []
+    for key, name in _names(state, backbone, targets):
+        if name is None:
+            continue
+        if name not in targets:
+            unexpected.append(key)
+            continue
+        value, shape = state[key], targets[name].shape
+        if value.shape != shape:
+            fitted = _fit(backbone, name, value, shape)
+            if fitted is None:
+                mismatched.append(name)
+                continue
+            if value.ndim == fitted.ndim:
+                resized.append(name)
+            value = fitted
+        values[name] = value
+    # Counters of seen batches only matter to cumulative averages, which no family uses; old files lack them.
+    lost = {name for name in targets if not name.endswith("num_batches_tracked")} - values.keys() - {*mismatched}
+    missing = [name for name in targets if name in lost]
+    return LoadReport(tuple(values), tuple(missing), tuple(unexpected), tuple(resized), tuple(mismatched)), values
+
+
+def _fit(backbone: Backbone, name: str, value: Tensor, shape: torch.Size) -> Tensor | None:
+    """The value in the network's shape: pointwise weights once saved as matrices, and position tables."""
+    if value.ndim == 2 and (*value.shape, 1, 1) == tuple(shape):
+        return value[:, :, None, None]
+    return backbone.resize_table(name, value, shape)
+
+
+def _names(
+    state: Mapping[str, Tensor], backbone: Backbone, targets: Mapping[str, Tensor]
+) -> list[tuple[str, str | None]]:
+    """Each key with our name for it, after the prefix under which most of the network is found."""
+    votes: Counter[str] = Counter()
+    for key in state:
+        for start in _starts(key):
+            if backbone.convert_key(key[start:]) in targets:
+                votes[key[:start]] += 1
+    prefix = votes.most_common(1)[0][0] if votes else ""
+    # In a file of a whole classifier, the head stands beside the trunk's prefix and not under it.
+    around = prefix.removesuffix("backbone.")
+    named: list[tuple[str, str | None]] = []
+    for key in state:
+        if key.startswith(prefix):
+            named.append((key, backbone.convert_key(key.removeprefix(prefix))))
+        elif key.startswith(around + "head"):
+            named.append((key, backbone.convert_key(key.removeprefix(around))))
+        else:
+            named.append((key, key))
+    return named
+
+
+def _starts(key: str) -> list[int]:
+    """Where a name could begin inside a key: at its start and after each dot."""
+    return [0] + [position + 1 for position, letter in enumerate(key) if letter == "."]
+
+
+def _verdict(state: Mapping[str, Tensor], backbone: Backbone) -> str:
+    """Says which network the weights are of, where that can be told."""
+    for name in list_backbones():
+        with torch.device("meta"):
+            other = build(name, {})
+        report, _ = _match(state, other, other.state_dict())
+        if name != backbone.info.name and not report.missing and not report.mismatched:
+            return f"these look like the weights of {name}"
+    return "these are not (all of) its weights"

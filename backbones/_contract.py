@@ -1,0 +1,203 @@
+"""What every backbone answers, whatever its family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class FeatureMap:
+    """One output of a backbone.
+
+    Attributes:
+        level: Key in the output dictionary; ``"c4"`` is the map of stride 2**4.
+        channels: Channels of the map.
+        stride: Pixels of the image per cell of the map.
+    """
+
+    level: str
+    channels: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How the published weights expect their images.
+
+    Attributes:
+        size: Height and width in pixels.
+        crop: Side of the centre crop divided by the side that the image is resized to.
+        interpolation: Name of the resize filter, as torchvision and Pillow name it.
+        mean: Subtracted from each RGB channel, images in [0, 1].
+        std: Divides each RGB channel after the mean is gone.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    crop: float = 0.875
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantInfo:
+    """A row of a family's variant table: what was published about one network, with its source.
+
+    Attributes:
+        name: What ``create_backbone`` takes.
+        family: Name of the family, as its paper spells it.
+        params: Parameters of the published 1000-class network.
+        macs: Multiply-accumulates of one 224×224 image through that network, attention products included.
+        top1: ImageNet-1k top-1 accuracy in percent.
+        top5: ImageNet-1k top-5 accuracy in percent.
+        paper: arXiv id.
+        source: Where the figures were published.
+        licence: SPDX id of the published weights' licence.
+        url: The published weights.
+        sha256: Their hash, where the source publishes one.
+    """
+
+    name: str
+    family: str
+    params: int
+    macs: int
+    top1: float
+    top5: float
+    paper: str
+    source: str
+    licence: str
+    url: str
+    sha256: str | None = None
+
+
+class Backbone(nn.Module, ABC):
+    """A network that turns images into feature maps.
+
+    Subclasses set the attributes below in ``__init__``.
+
+    Attributes:
+        info: The row of the variant table that this network was built from.
+        feature_maps: One spec for each output, finest first.
+        num_features: Length of ``embed``'s vectors.
+        num_layers: Steps of layer-wise learning-rate decay, the stem being step 0.
+        input_spec: What the published weights expect.
+    """
+
+    info: VariantInfo
+    feature_maps: tuple[FeatureMap, ...]
+    num_features: int
+    num_layers: int
+    input_spec: ClassVar[InputSpec] = InputSpec()
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Feature maps, finest first, keyed by level.
+
+        Args:
+            images: Normalised floats ``(B, 3, H, W)``; H and W at least 32, odd and non-square sizes included.
+
+        Returns:
+            ``{level: (B, channels, ceil(H / stride), ceil(W / stride))}``, in the order of ``feature_maps``.
+        """
+
+    @abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """The vectors ``(B, num_features)`` that the family's published classifier reads, from ``(B, 3, H, W)``."""
+
+    @abstractmethod
+    def make_classifier(self, num_classes: int) -> nn.Module:
+        """The family's published head, untrained: ``(B, num_features)`` to logits ``(B, num_classes)``."""
+
+    @abstractmethod
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the authors leave without weight decay, norms and biases aside."""
+
+    @abstractmethod
+    def layer_of(self, parameter_name: str) -> int:
+        """Depth of a parameter for layer-wise learning-rate decay.
+
+        Args:
+            parameter_name: A name from ``named_parameters()``.
+
+        Returns:
+            0 for the stem up to ``num_layers - 1`` for the last block; ``num_layers`` for any name that is no part of
+            the trunk, such as a head's.
+        """
+
+    @abstractmethod
+    def fuse(self) -> Backbone:
+        """Turns the network, in place, into its faster deploy form with equal outputs.
+
+        BatchNorm is folded into convolutions and linears, attention-bias tables are expanded. For inference only, and
+        final: the parameters are frozen and have other names, so save a checkpoint before, not after.
+
+        Returns:
+            The network itself.
+        """
+
+    @classmethod
+    @abstractmethod
+    def convert_key(cls, key: str) -> str | None:
+        """Our name for a key of a published checkpoint, any prefix removed.
+
+        Names of a head come out as they are in a ``Classifier``. A key that is already ours is returned as it is.
+
+        Returns:
+            The name, or ``None`` for an entry that is derived from the others and not loaded.
+        """
+
+    def resize_table(self, name: str, table: Tensor, shape: torch.Size) -> Tensor | None:
+        """A checkpoint's position table brought to this network's shape, where the family has such tables.
+
+        Args:
+            name: Our name of the parameter.
+            table: What the checkpoint holds.
+            shape: What the network has.
+
+        Returns:
+            The resized table, or ``None`` where `name` is no table and a different shape is an error.
+        """
+        del name, table, shape
+        return None
+
+    def prepare_for_dense(self) -> None:
+        """Brings the network to the form in which the authors train detectors; nothing to do for most families.
+
+        ``FeaturePyramid`` calls it. It may replace parameters, so it comes before the optimizer is made.
+        """
+
+
+class Classifier(nn.Module):
+    """A backbone under its published head.
+
+    Args:
+        backbone: The trunk.
+        head: From ``backbone.make_classifier``.
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``(B, num_classes)`` of normalised images ``(B, 3, H, W)``."""
+        logits: Tensor = self.head(self.backbone.embed(images))
+        return logits
+
+    def fuse(self) -> Classifier:
+        """Fuses trunk and head in place for inference; see ``Backbone.fuse``."""
+        self.backbone.fuse()
+        fuse_head = getattr(self.head, "fuse", None)
+        if fuse_head is not None:
+            fuse_head()
+        return self
+
+
+StateDict = Mapping[str, Tensor]

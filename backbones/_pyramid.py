@@ -1,0 +1,125 @@
+"""One feature pyramid for any backbone."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effvit.backbones._contract import Backbone
+from effvit.errors import ConfigError
+
+
+class FeaturePyramid(nn.Module):
+    """Feature pyramid network (arXiv:1612.03144) whose levels need not be the backbone's.
+
+    * A level that the backbone has gets a 1×1 lateral and the top-down sum (nearest neighbour).
+    * Finer levels come from a chain of 2×2 stride-2 transposed convolutions on the finest merged lateral, as in
+      EfficientViT's official ``EfficientViTFPN``: its backbone starts at stride 16.
+    * Coarser levels come from 3×3 stride-2 convolutions, the first on the backbone's coarsest map, each further one on
+      the level before it, without ReLU between: MMDetection's ``add_extra_convs="on_input"``.
+    * Every level except the coarser ones ends in its own 3×3 convolution.
+
+    No normalisation, no activation. Convolutions start Xavier-uniform and transposed ones Kaiming-normal (fan out), as
+    in MMDetection. The backbone is brought to its dense form (``Backbone.prepare_for_dense``).
+
+    Args:
+        backbone: Any backbone.
+        levels: Consecutive names, finest first; ``"p3"`` has the nominal stride 2**3.
+        out_channels: Channels of every level.
+
+    Attributes:
+        strides: Nominal stride of each level. Map sizes follow the tensors: a map of an odd-sized image is rounded up
+            by each stride-2 convolution and doubled exactly by each transposed one.
+
+    Raises:
+        ConfigError: `levels` is empty or malformed, has a gap, or shares no level with the backbone.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        levels: tuple[str, ...] = ("p3", "p4", "p5", "p6", "p7"),
+        out_channels: int = 256,
+    ) -> None:
+        super().__init__()
+        numbers = _level_numbers(levels)
+        channels = {int(spec.level[1:]): spec.channels for spec in backbone.feature_maps}
+        shared = [number for number in numbers if number in channels]
+        if not shared:
+            offered = ", ".join(spec.level for spec in backbone.feature_maps)
+            raise ConfigError(f"the pyramid levels {tuple(levels)} and the backbone's maps ({offered}) share no stride")
+        backbone.prepare_for_dense()
+        self.backbone = backbone
+        self.levels = tuple(levels)
+        self.strides = tuple(2**number for number in numbers)
+        self.out_channels = out_channels
+        finer = [number for number in numbers if number < shared[0]]
+        coarser = [number for number in numbers if number > shared[-1]]
+
+        self.laterals = nn.ModuleDict({f"p{n}": nn.Conv2d(channels[n], out_channels, 1) for n in shared})
+        self.upsamplers = nn.ModuleDict(
+            {f"p{n}": nn.ConvTranspose2d(out_channels, out_channels, 2, 2) for n in reversed(finer)}
+        )
+        self.outputs = nn.ModuleDict(
+            {f"p{n}": nn.Conv2d(out_channels, out_channels, 3, padding=1) for n in [*finer, *shared]}
+        )
+        widths = [channels[shared[-1]]] + [out_channels] * len(coarser)
+        self.downsamplers = nn.ModuleDict(
+            {f"p{n}": nn.Conv2d(w, out_channels, 3, 2, 1) for n, w in zip(coarser, widths, strict=False)}
+        )
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in (self.laterals, self.upsamplers, self.outputs, self.downsamplers):
+            for convolution in module.values():
+                if isinstance(convolution, nn.ConvTranspose2d):
+                    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+                elif isinstance(convolution, nn.Conv2d):
+                    nn.init.xavier_uniform_(convolution.weight)
+                if isinstance(convolution.bias, Tensor):
+                    nn.init.zeros_(convolution.bias)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Pyramid of normalised images.
+
+        Args:
+            images: ``(B, 3, H, W)``.
+
+        Returns:
+            ``{level: (B, out_channels, h, w)}`` in the order of ``levels``.
+        """
+        maps: dict[str, Tensor] = self.backbone(images)
+        merged = self._top_down(maps)
+        finest = next(iter(merged.values()))
+        for level, upsample in self.upsamplers.items():
+            finest = merged[level] = upsample(finest)
+        pyramid = {level: output(merged[level]) for level, output in self.outputs.items()}
+        coarsest = maps["c" + list(self.laterals)[-1][1:]]
+        for level, downsample in self.downsamplers.items():
+            coarsest = pyramid[level] = downsample(coarsest)
+        return pyramid
+
+    def _top_down(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Merged laterals, finest first."""
+        merged = {level: lateral(maps["c" + level[1:]]) for level, lateral in self.laterals.items()}
+        for coarse, fine in itertools.pairwise(reversed(merged)):
+            size = (merged[fine].shape[-2], merged[fine].shape[-1])
+            merged[fine] = merged[fine] + F.interpolate(merged[coarse], size=size, mode="nearest")
+        return merged
+
+    def fuse(self) -> FeaturePyramid:
+        """Fuses the backbone in place for inference (the pyramid has no BatchNorm); see ``Backbone.fuse``."""
+        self.backbone.fuse()
+        return self
+
+
+def _level_numbers(levels: tuple[str, ...]) -> list[int]:
+    """``("p3", "p4")`` to ``[3, 4]``."""
+    if not levels or not all(len(level) > 1 and level[0] == "p" and level[1:].isdecimal() for level in levels):
+        raise ConfigError(f"pyramid levels are named 'p3', 'p4', ... finest first; got {tuple(levels)}")
+    numbers = [int(level[1:]) for level in levels]
+    if numbers != list(range(numbers[0], numbers[-1] + 1)):
+        raise ConfigError(f"pyramid levels must be consecutive, finest first; got {tuple(levels)}")
+    return numbers

@@ -1,0 +1,75 @@
+"""The list of every variant of every family."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from effvit.backbones._contract import Backbone, VariantInfo
+from effvit.errors import ConfigError, close_matches
+
+_VARIANTS: dict[str, tuple[type[Backbone], VariantInfo]] = {}
+
+
+def register(family: type[Backbone], variants: Iterable[VariantInfo]) -> None:
+    """Makes the rows of a family's variant table known by name.
+
+    Args:
+        family: Its network; called as ``family(variant, **overrides)``.
+        variants: The rows.
+    """
+    for variant in variants:
+        _VARIANTS[variant.name] = (family, variant)
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """Names that ``create_backbone`` takes.
+
+    Args:
+        pattern: Shell-style wildcard, such as ``"efficientvit_*"``.
+
+    Returns:
+        Matching names, sorted.
+    """
+    return sorted(fnmatch.filter(_VARIANTS, pattern))
+
+
+def backbone_info(name: str) -> VariantInfo:
+    """What was published about a network, without building it.
+
+    Raises:
+        ConfigError: There is no such backbone.
+    """
+    return _lookup(name)[1]
+
+
+def build(name: str, overrides: Mapping[str, Any]) -> Backbone:
+    """Builds a network with fresh weights.
+
+    Args:
+        name: A registered name.
+        overrides: Keyword-only arguments of the family's constructor.
+
+    Raises:
+        ConfigError: There is no such backbone, or the family has no such option.
+    """
+    family, variant = _lookup(name)
+    options = [
+        option.name
+        for option in inspect.signature(family).parameters.values()
+        if option.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    for override in overrides:
+        if override not in options:
+            raise ConfigError(f"{name} has no option {override!r}. {close_matches(override, options)}")
+    constructor: Any = family
+    network: Backbone = constructor(variant, **overrides)
+    return network
+
+
+def _lookup(name: str) -> tuple[type[Backbone], VariantInfo]:
+    if name not in _VARIANTS:
+        raise ConfigError(f"there is no backbone {name!r}. {close_matches(name, _VARIANTS)}")
+    return _VARIANTS[name]

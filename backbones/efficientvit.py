@@ -1,0 +1,430 @@
+"""EfficientViT-M0 … M5 (Microsoft).
+
+Paper: "EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention", CVPR 2023, arXiv:2305.07027.
+Official code: github.com/microsoft/Cream, folder EfficientViT. (MIT-HAN-Lab's EfficientViT is another network.)
+
+Parameters carry timm's names (``efficientvit_m*``), and at 224×224 the outputs are timm's and Microsoft's. What differs:
+
+* One network for every image size. Microsoft keeps two files: the classifier, which only takes the size it was built
+  for, and the detection backbone, whose windows are 7×7 in every stage and which fails on maps smaller than that. Here a
+  map of at most 7×7 is one window of its own size; a larger one is padded with zeros at the bottom and right, unmasked
+  as in both files, and cut into 7×7 windows. A bias table made for another window is resized (bicubic, as Microsoft's
+  loaders do) once for each shape. timm instead pads a small map to the window that the network was built for.
+* ``dense=True`` (and ``prepare_for_dense``) makes all tables 7×7, as in Microsoft's detection file.
+* Expanded biases are cached per shape, device and type, and only where no gradient is wanted, so that moving, training
+  or loading the network can never leave a stale one behind.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
+from effvit.backbones._registry import register
+from effvit.backbones._windows import AttentionBias, from_windows, resize_bias_table, to_windows
+
+WINDOW = 7
+KEY_DIM = 16
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, then BatchNorm; "same" padding.
+
+    Args:
+        in_channels: Channels in.
+        out_channels: Channels out.
+        kernel: Odd side of the kernel.
+        stride: Stride.
+        groups: Groups.
+        scale: Start of BatchNorm's weight; 0 makes a residual branch start as nothing.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1, scale: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+        nn.init.constant_(self.bn.weight, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / stride), ceil(W / stride))``."""
+        out: Tensor = self.bn(self.conv(x))
+        return out
+
+
+class Residual(nn.Module):
+    """``x + m(x)``."""
+
+    def __init__(self, m: nn.Module) -> None:
+        super().__init__()
+        self.m = m
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape that `m` keeps."""
+        # Every branch ends in a BatchNorm, whose output nothing else holds and whose backward does not read it.
+        out: Tensor = self.m(x)
+        return out.add_(x)
+
+
+class FeedForward(nn.Module):
+    """Two pointwise convolutions, twice as wide between them."""
+
+    def __init__(self, channels: int, scale: float = 0.0) -> None:
+        super().__init__()
+        self.pw1 = ConvNorm(channels, channels * 2)
+        self.pw2 = ConvNorm(channels * 2, channels, scale=scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same."""
+        out: Tensor = self.pw2(self.pw1(x).relu_())
+        return out
+
+
+class CascadedGroupAttention(nn.Module):
+    """Attention inside one window; each head reads its share of the channels plus the head before it (paper §3.2).
+
+    Args:
+        channels: Channels in and out.
+        heads: Number of heads.
+        kernels: Kernel of the depthwise convolution on each head's query.
+        table_size: Side of the bias table, which holds one value for each head and absolute offset (|dy|, |dx|).
+    """
+
+    def __init__(self, channels: int, heads: int, kernels: tuple[int, ...], table_size: int) -> None:
+        super().__init__()
+        self.scale = KEY_DIM**-0.5
+        width = channels // heads
+        self.split = (KEY_DIM, KEY_DIM, width)
+        self.qkvs = nn.ModuleList(ConvNorm(width, KEY_DIM * 2 + width) for _ in range(heads))
+        self.dws = nn.ModuleList(ConvNorm(KEY_DIM, KEY_DIM, kernel, groups=KEY_DIM) for kernel in kernels[:heads])
+        # Index 1 because the official projection is Sequential(ReLU, ConvNorm), and its keys say so.
+        self.proj = nn.ModuleDict({"1": ConvNorm(channels, channels, scale=0.0)})
+        self.attention_biases = nn.Parameter(torch.zeros(heads, table_size**2))
+        self.bias = AttentionBias()
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Attends.
+
+        Args:
+            windows: ``(B * windows, C, h, w)`` in channels-last memory.
+
+        Returns:
+            The same shape.
+        """
+        count, _, height, width = windows.shape
+        bias = self.bias(self.attention_biases, height, width)
+        shares = windows.chunk(len(self.qkvs), 1)
+        share = shares[0]
+        outputs: list[Tensor] = []
+        for head, (project, mix) in enumerate(zip(self.qkvs, self.dws, strict=True)):
+            if head:
+                share = outputs[-1] + shares[head]
+            query, key, value = project(share).split(self.split, 1)
+            query = mix(query).flatten(2).transpose(1, 2)
+            attention = torch.baddbmm(bias[head], query, key.flatten(2), alpha=self.scale).softmax(-1)
+            out = torch.bmm(attention, value.flatten(2).transpose(1, 2))
+            outputs.append(out.transpose(1, 2).unflatten(2, (height, width)))
+        merged: Tensor = self.proj["1"](torch.cat(outputs, 1).relu_())
+        return merged
+
+
+class WindowAttention(nn.Module):
+    """Cascaded group attention over a map of any size."""
+
+    def __init__(self, channels: int, heads: int, kernels: tuple[int, ...], table_size: int) -> None:
+        super().__init__()
+        self.attn = CascadedGroupAttention(channels, heads, kernels, table_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same."""
+        return from_windows(self.attn(to_windows(x, WINDOW)), x, WINDOW)
+
+
+class Block(nn.Module):
+    """The paper's sandwich: local mixing and feed-forward on both sides of one attention, all residual."""
+
+    def __init__(self, channels: int, heads: int, kernels: tuple[int, ...], table_size: int) -> None:
+        super().__init__()
+        self.dw0 = Residual(ConvNorm(channels, channels, 3, groups=channels, scale=0.0))
+        self.ffn0 = Residual(FeedForward(channels))
+        self.mixer = Residual(WindowAttention(channels, heads, kernels, table_size))
+        self.dw1 = Residual(ConvNorm(channels, channels, 3, groups=channels, scale=0.0))
+        self.ffn1 = Residual(FeedForward(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same."""
+        out: Tensor = self.ffn1(self.dw1(self.mixer(self.ffn0(self.dw0(x)))))
+        return out
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate (arXiv:1709.01507), reduction 4."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, channels // 4, 1)
+        self.fc2 = nn.Conv2d(channels // 4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same."""
+        gate: Tensor = self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu_())
+        return x * gate.sigmoid()
+
+
+class PatchMerging(nn.Module):
+    """Halves the map in an inverted bottleneck with a channel gate."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        hidden = in_channels * 4
+        self.conv1 = ConvNorm(in_channels, hidden)
+        self.conv2 = ConvNorm(hidden, hidden, 3, 2, groups=hidden)
+        self.se = SqueezeExcite(hidden)
+        self.conv3 = ConvNorm(hidden, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
+        out: Tensor = self.conv3(self.se(self.conv2(self.conv1(x).relu_()).relu_()))
+        return out
+
+
+class Downsample(nn.Module):
+    """Patch merging between two residual pairs of depthwise convolution and feed-forward, one at each width."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.res1 = self._pair(in_channels)
+        self.patchmerge = PatchMerging(in_channels, out_channels)
+        self.res2 = self._pair(out_channels)
+
+    @staticmethod
+    def _pair(channels: int) -> nn.Sequential:
+        depthwise = ConvNorm(channels, channels, 3, groups=channels)
+        return nn.Sequential(Residual(depthwise), Residual(FeedForward(channels)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
+        out: Tensor = self.res2(self.patchmerge(self.res1(x)))
+        return out
+
+
+class Stage(nn.Module):
+    """Blocks at one width, after a downsampling in all stages but the first."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[Block]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to this stage's map."""
+        out: Tensor = self.blocks(self.downsample(x))
+        return out
+
+
+class Stem(nn.Module):
+    """Four overlapping 3×3 convolutions of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(3, channels // 8, 3, 2)
+        self.conv2 = ConvNorm(channels // 8, channels // 4, 3, 2)
+        self.conv3 = ConvNorm(channels // 4, channels // 2, 3, 2)
+        self.conv4 = ConvNorm(channels // 2, channels, 3, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` to ``(B, C, ceil(H / 16), ceil(W / 16))``."""
+        x = self.conv1(images).relu_()
+        x = self.conv2(x).relu_()
+        x = self.conv3(x).relu_()
+        out: Tensor = self.conv4(x)
+        return out
+
+
+class NormLinear(nn.Module):
+    """BatchNorm and linear: the published classifier.
+
+    Args:
+        num_features: Length of the vectors.
+        num_classes: Number of logits.
+    """
+
+    def __init__(self, num_features: int, num_classes: int) -> None:
+        super().__init__()
+        self.bn: nn.Module = nn.BatchNorm1d(num_features)
+        self.linear = nn.Linear(num_features, num_classes)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(B, num_features)`` to ``(B, num_classes)``."""
+        logits: Tensor = self.linear(self.bn(features))
+        return logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientViTVariant(VariantInfo):
+    """A row of the paper's Table 1.
+
+    Attributes:
+        channels: Width of each stage.
+        depth: Blocks of each stage.
+        heads: Attention heads of each stage.
+        kernels: Kernel of the depthwise convolution on the query of head 0, 1, ...
+    """
+
+    channels: tuple[int, int, int]
+    depth: tuple[int, int, int]
+    heads: tuple[int, int, int]
+    kernels: tuple[int, int, int, int]
+
+
+class EfficientViT(Backbone):
+    """The network.
+
+    Maps ``"c4"``, ``"c5"`` and ``"c6"`` are the raw outputs of the three stages (strides 16, 32, 64), which is what the
+    official pyramid reads.
+
+    Args:
+        variant: Its row of the table.
+        dense: Make every bias table 7×7, as in the official detection file. By default they are as in the published
+            classifier: 7×7, 7×7 and, for the third stage, 4×4.
+    """
+
+    def __init__(self, variant: EfficientViTVariant, *, dense: bool = False) -> None:
+        super().__init__()
+        self.info = variant
+        self.patch_embed = Stem(variant.channels[0])
+        table_sizes = (WINDOW, WINDOW, WINDOW if dense else 4)
+        stages = []
+        before = variant.channels[0]
+        rows = zip(variant.channels, variant.depth, variant.heads, table_sizes, strict=True)
+        for position, (channels, depth, heads, table_size) in enumerate(rows):
+            downsample = Downsample(before, channels) if position else nn.Identity()
+            stages.append(
+                Stage(downsample, [Block(channels, heads, variant.kernels, table_size) for _ in range(depth)])
+            )
+            before = channels
+        self.stages = nn.ModuleList(stages)
+        self.feature_maps = tuple(
+            FeatureMap(f"c{level}", channels, 2**level) for level, channels in enumerate(variant.channels, start=4)
+        )
+        self.num_features = variant.channels[-1]
+        self.num_layers = 1 + sum(variant.depth) + 2
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps ``{"c4", "c5", "c6"}`` of normalised images ``(B, 3, H, W)``; see ``Backbone.forward``."""
+        x = self.patch_embed(images)
+        maps = {}
+        for spec, stage in zip(self.feature_maps, self.stages, strict=True):
+            maps[spec.level] = x = stage(x)
+        return maps
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The third stage's mean over the map, ``(B, num_features)``."""
+        return self(images)["c6"].mean((2, 3))
+
+    def make_classifier(self, num_classes: int) -> NormLinear:
+        """BatchNorm and linear."""
+        return NormLinear(self.num_features, num_classes)
+
+    def no_weight_decay(self) -> set[str]:
+        """The attention-bias tables, as in the official optimizer."""
+        return {name for name, _ in self.named_parameters() if name.endswith("attention_biases")}
+
+    def layer_of(self, parameter_name: str) -> int:
+        """Stem 0, then each downsampling and each block one more; see ``Backbone.layer_of``."""
+        if parameter_name.startswith("patch_embed."):
+            return 0
+        found = re.match(r"stages\.(\d)\.(?:downsample|blocks\.(\d+))\.", parameter_name)
+        if found is None:
+            return self.num_layers
+        stage, block = int(found[1]), found[2]
+        variant = cast("EfficientViTVariant", self.info)
+        first = 1 + sum(variant.depth[:stage]) + max(stage - 1, 0)
+        if block is None:
+            return first
+        return first + int(block) + (stage > 0)
+
+    def prepare_for_dense(self) -> None:
+        """Resizes the third stage's bias tables from 4×4 to 7×7, as the official detection code does at load."""
+        for module in self.modules():
+            if isinstance(module, CascadedGroupAttention):
+                table = module.attention_biases
+                resized = resize_bias_table(table.detach(), WINDOW, WINDOW)
+                if resized.shape != table.shape:
+                    module.attention_biases = nn.Parameter(resized, requires_grad=table.requires_grad)
+
+    def resize_table(self, name: str, table: Tensor, shape: torch.Size) -> Tensor | None:
+        """Bicubic, see ``Backbone.resize_table``."""
+        if not name.endswith("attention_biases") or table.ndim != 2 or table.shape[0] != shape[0]:
+            return None
+        side = round(shape[1] ** 0.5)
+        return resize_bias_table(table, side, side)
+
+    def fuse(self) -> EfficientViT:
+        """See ``Backbone.fuse``."""
+        return self
+
+    @classmethod
+    def convert_key(cls, key: str) -> str | None:
+        """Microsoft's names (classification and detection files) to ours, which are timm's."""
+        if key.endswith("attention_bias_idxs"):
+            return None
+        key = re.sub(r"\.c\.", ".conv.", key)
+        key = re.sub(r"^(head|head_dist)\.l\.", r"\1.linear.", key)
+        key = re.sub(r"^patch_embed\.([0246])\.", lambda found: f"patch_embed.conv{int(found[1]) // 2 + 1}.", key)
+        return re.sub(r"^blocks([123])\.(\d+)\.", _stage_key, key)
+
+
+def _stage_key(found: re.Match[str]) -> str:
+    stage, index = int(found[1]) - 1, int(found[2])
+    if stage == 0:
+        return f"stages.0.blocks.{index}."
+    if index < 3:
+        return f"stages.{stage}.downsample.{('res1', 'patchmerge', 'res2')[index]}."
+    return f"stages.{stage}.blocks.{index - 3}."
+
+
+def _row(
+    name: str,
+    size: tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int], tuple[int, int, int, int]],
+    published: tuple[int, int, float, float],
+) -> EfficientViTVariant:
+    channels, depth, heads, kernels = size
+    params, macs, top1, top5 = published
+    return EfficientViTVariant(
+        name=f"efficientvit_{name}",
+        family="EfficientViT",
+        params=params,
+        macs=macs,
+        top1=top1,
+        top5=top5,
+        paper="2305.07027",
+        source="github.com/microsoft/Cream, EfficientViT/README.md (accuracy, FLOPs); parameters counted",
+        licence="MIT",
+        url=f"https://github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0/efficientvit_{name}.pth",
+        channels=channels,
+        depth=depth,
+        heads=heads,
+        kernels=kernels,
+    )
+
+
+# name, (channels, depth, heads, query kernels), (parameters, MACs, top-1, top-5)
+VARIANTS = (
+    _row("m0", ((64, 128, 192), (1, 2, 3), (4, 4, 4), (5, 5, 5, 5)), (2_349_436, 79_000_000, 63.2, 85.2)),
+    _row("m1", ((128, 144, 192), (1, 2, 3), (2, 3, 3), (7, 5, 3, 3)), (2_980_560, 167_000_000, 68.4, 88.7)),
+    _row("m2", ((128, 192, 224), (1, 2, 3), (4, 3, 2), (7, 5, 3, 3)), (4_187_554, 201_000_000, 70.8, 90.2)),
+    _row("m3", ((128, 240, 320), (1, 2, 3), (4, 3, 4), (5, 5, 5, 5)), (6_900_722, 263_000_000, 73.4, 91.4)),
+    _row("m4", ((128, 256, 384), (1, 2, 3), (4, 4, 4), (7, 5, 3, 3)), (8_804_228, 299_000_000, 74.3, 91.8)),
+    _row("m5", ((192, 288, 384), (1, 3, 4), (3, 3, 4), (7, 5, 3, 3)), (12_473_772, 522_000_000, 77.1, 93.4)),
+)
+
+register(EfficientViT, VARIANTS)
