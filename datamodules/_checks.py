@@ -74,7 +74,9 @@ def read_coco(path: Path) -> dict[str, Any]:
     for key in ("images", "annotations", "categories"):
         value = data.get(key)
         if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            found = f"it has the keys {sorted(data)[:12]}" if key not in data else f"'{key}' is a {type(value).__name__}"
+            found = (
+                f"it has the keys {sorted(data)[:12]}" if key not in data else f"'{key}' is a {type(value).__name__}"
+            )
             raise DatasetError(f"{path} is not COCO format: it needs a list of objects '{key}', {found}")
     return data
 

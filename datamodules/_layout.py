@@ -46,7 +46,9 @@ def find_split(root: Path, split: str, annotations: str | None = None, images: s
     if annotations is not None:
         json_path = root / annotations
         if not json_path.is_file():
-            raise DatasetError(f"there is no annotation file {json_path} ({split}_annotations); it is {_nearest(json_path)}")
+            raise DatasetError(
+                f"there is no annotation file {json_path} ({split}_annotations); it is {_nearest(json_path)}"
+            )
         return SplitFiles(split, json_path, _image_folder(root, split, json_path, images))
     looked = _candidates(root, split)
     for json_path, folder in looked:

@@ -136,7 +136,9 @@ class ResumableLoader(DataLoader[Any]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Marks the next iteration as the continuation of the epoch that the trainer resumes."""
         self._resuming = True
-        changed = [f"{key} {state[key]} -> {now}" for key, now in self.state_dict().items() if state.get(key, now) != now]
+        changed = [
+            f"{key} {state[key]} -> {now}" for key, now in self.state_dict().items() if state.get(key, now) != now
+        ]
         if changed:
             _log.warning(
                 "the data changed since the checkpoint (%s): this epoch continues in another order of images",

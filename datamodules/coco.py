@@ -105,7 +105,9 @@ class CocoDetection(LightningDataModule):
         if not 0.0 < scale_jitter[0] <= scale_jitter[1]:
             raise ConfigError(f"scale_jitter must be a range 0 < low <= high, found {scale_jitter}")
         if faults not in _POLICIES:
-            raise ConfigError(f"faults must be one of {_POLICIES}, found {faults!r}. {close_matches(faults, _POLICIES)}")
+            raise ConfigError(
+                f"faults must be one of {_POLICIES}, found {faults!r}. {close_matches(faults, _POLICIES)}"
+            )
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size
         self.num_workers = num_workers
