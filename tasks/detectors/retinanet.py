@@ -172,7 +172,7 @@ class RetinaNet(nn.Module):
         """Final detections of one image out of its head outputs ``(A, num_classes)`` and ``(A, 4)``."""
         found = []
         start = 0
-        for level_logits in logits.split(per_level):
+        for level_logits in torch.split(logits, per_level):
             scores, places, labels = self._candidates(level_logits)
             found.append((scores, places + start, labels))
             start += len(level_logits)

@@ -59,7 +59,7 @@ def select_ground_truth(ground_truth: Mapping[str, Any], image_ids: Sequence[int
             "evaluate against the annotations of the split that was predicted"
         )
     kept = set(image_ids)
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for annotation in ground_truth["annotations"]:
         if annotation["image_id"] in kept:
             annotations.append(_annotation(annotation, len(annotations) + 1, iou_type))
