@@ -21,8 +21,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 VERSION = 1
 # Images of digits that only validation scenes use, one in five.
 _HELD_OUT = 5
-# Side to which the 8x8 digits are enlarged smoothly before they are turned.
-_FINE = 64
+# How much the 8x8 digits are enlarged smoothly before they are turned.
+_FINE = 8
 
 
 @dataclass(frozen=True)
@@ -177,14 +177,16 @@ def _place(random: np.random.Generator, digit: Array, height: float, taken: Arra
 
 def _write(random: np.random.Generator, digit: Array, height: float) -> Array:
     """Ink of a digit in 0 … 1, ``(h, w)``, drawn smoothly, a little turned, slanted and stretched, cropped to the ink."""
-    scale = height / _FINE
+    scale = height / 8 / _FINE
     angle, slant = random.uniform(-0.2, 0.2), random.uniform(-0.25, 0.25)
     stretch = random.uniform(0.85, 1.15)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     linear = turn @ np.array([[stretch, slant], [0.0, 1.0]]) * scale
-    side = math.ceil(height * 1.6)  # room for the corners at the largest turn, slant and stretch
-    offset = side / 2 - linear @ np.full(2, (_FINE - 1) / 2)
-    fine = cv2.resize(digit, (_FINE, _FINE), interpolation=cv2.INTER_CUBIC)
+    side = math.ceil(height * 1.7)  # room for the corners at the largest turn, slant and stretch
+    offset = side / 2 - linear @ np.full(2, (10 * _FINE - 1) / 2)
+    # One empty pixel around: strokes reach the border of the 8x8 grid, and would be cut off flat there.
+    margin = cv2.copyMakeBorder(digit, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
+    fine = cv2.resize(margin, None, fx=_FINE, fy=_FINE, interpolation=cv2.INTER_CUBIC)
     smooth = cv2.warpAffine(fine, np.column_stack([linear, offset]), (side, side), flags=cv2.INTER_LINEAR)
     # The 8x8 grid blurs a stroke over its neighbours; a steep edge at about half of the ink gives the stroke back.
     steepness = max(2.0, 0.6 * height / 8)
