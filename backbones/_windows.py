@@ -2,53 +2,70 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Generic, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def to_windows(x: Tensor, window: int) -> Tensor:
+_Value = TypeVar("_Value")
+
+
+def cut(grid: Tensor, window: int) -> Tensor:
     """Cuts a map into windows.
 
-    A map of at most ``window × window`` is one window of its own size. Any other is padded with zeros at the bottom and
+    A map of at most ``window x window`` is one window of its own size. Any other is padded with zeros at the bottom and
     right to a multiple of `window`; the padding is not masked, as in the official EfficientViT.
 
     Args:
-        x: ``(B, C, H, W)``.
+        grid: ``(B, H, W, C)``.
         window: Side of a window.
 
     Returns:
-        ``(B * windows, C, h, w)``, row by row, in channels-last memory.
+        ``(B * windows, h, w, C)``, row by row, contiguous.
     """
-    batch, channels, height, width = x.shape
-    x = x.permute(0, 2, 3, 1)
+    batch, height, width, channels = grid.shape
     if height <= window and width <= window:
-        return x.contiguous().permute(0, 3, 1, 2)
+        return grid.contiguous()
     if height % window or width % window:
-        x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
-    rows, columns = x.shape[1] // window, x.shape[2] // window
-    x = x.unflatten(2, (columns, window)).unflatten(1, (rows, window)).transpose(2, 3)
-    return x.reshape(batch * rows * columns, window, window, channels).permute(0, 3, 1, 2)
+        grid = F.pad(grid, (0, 0, 0, -width % window, 0, -height % window))
+    rows, columns = grid.shape[1] // window, grid.shape[2] // window
+    # reshape before view: a map in NCHW memory is copied once here and not again below
+    grid = grid.reshape(batch, rows, window, columns, window, channels).transpose(2, 3)
+    return grid.reshape(batch * rows * columns, window, window, channels)
 
 
-def from_windows(windows: Tensor, x: Tensor, window: int) -> Tensor:
-    """Undoes ``to_windows`` and drops the padding.
+def merge(windows: Tensor, grid: Tensor, window: int) -> Tensor:
+    """Undoes ``cut`` and drops the padding.
 
     Args:
-        windows: ``(B * windows, C, h, w)``.
-        x: The map that was cut; only its shape is read.
+        windows: ``(B * windows, h, w, C)``, contiguous.
+        grid: The map that was cut; only its shape is read.
         window: The same as there.
 
     Returns:
-        ``(B, C, H, W)``.
+        ``(B, H, W, C)``; a view of `windows` where there is one window for each map, or a part of a fresh tensor.
     """
-    batch, channels, height, width = x.shape
+    batch, height, width, channels = grid.shape
     if height <= window and width <= window:
         return windows
     rows, columns = -(-height // window), -(-width // window)
-    merged = windows.permute(0, 2, 3, 1).reshape(batch, rows, columns, window, window, channels).transpose(2, 3)
-    merged = merged.reshape(batch, rows * window, columns * window, channels)
-    return merged[:, :height, :width].permute(0, 3, 1, 2)
+    merged = windows.view(batch, rows, columns, window, window, channels).transpose(2, 3)
+    return merged.reshape(batch, rows * window, columns * window, channels)[:, :height, :width]
+
+
+def map_to_cells(x: Tensor) -> Tensor:
+    """``(B, C, H, W)`` to ``(B * H * W, C)``; a view where the map is in channels-last memory."""
+    return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+def cells_to_map(cells: Tensor, like: Tensor) -> Tensor:
+    """``(B * H * W, C)`` to ``(B, C, H, W)`` in channels-last memory, with B, H and W of `like` ``(B, ..., H, W)``."""
+    batch, _, height, width = like.shape
+    return cells.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def resize_bias_table(table: Tensor, height: int, width: int) -> Tensor:
@@ -71,63 +88,75 @@ def resize_bias_table(table: Tensor, height: int, width: int) -> Tensor:
     return resized.view(heads, height * width).to(table.dtype)
 
 
-def _offset_index(height: int, width: int, device: torch.device) -> Tensor:
-    """Entry of the ``height × width`` table for each pair of cells of a window, ``(cells * cells,)``."""
-    y = torch.arange(height, device=device).repeat_interleave(width)
-    x = torch.arange(width, device=device).repeat(height)
-    return ((y[:, None] - y).abs() * width + (x[:, None] - x).abs()).flatten()
+def expand_bias(table: Tensor, height: int, width: int) -> Tensor:
+    """One bias for each pair of cells of a window, from a table of any size.
+
+    Args:
+        table: ``(heads, R * R)``.
+        height: Rows of the window.
+        width: Columns of the window.
+
+    Returns:
+        ``(heads, cells, cells)`` with ``cells = height * width``.
+    """
+    y = torch.arange(height, device=table.device).repeat_interleave(width)
+    x = torch.arange(width, device=table.device).repeat(height)
+    index = (y[:, None] - y).abs() * width + (x[:, None] - x).abs()
+    cells = height * width
+    return resize_bias_table(table, height, width).index_select(1, index.flatten()).view(-1, cells, cells)
 
 
-class _Cache(dict[tuple[object, ...], tuple[Tensor, int, Tensor]]):
-    """A cache that is born empty in every copy, since a copied parameter counts its versions anew."""
-
-    def __reduce__(self) -> tuple[type[_Cache], tuple[()]]:
-        return (_Cache, ())
+def is_recording() -> bool:
+    """Whether a graph is being made of this forward, which a cache would disturb."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
-def _must_expand(table: Tensor) -> bool:
-    """Whether a cached bias could be wrong (a gradient is wanted) or would disturb (a graph is being recorded)."""
-    recording = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return recording or table.is_inference() or (torch.is_grad_enabled() and table.requires_grad)
+class ShapeCache(Generic[_Value]):
+    """Constants of a module by shape, device and type; empty in every copy, since a copy's parameters are others."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[object, ...], _Value] = {}
+
+    def get_or_make(self, key: tuple[object, ...], make: Callable[[], _Value]) -> _Value:
+        """What is kept under `key`, made without gradient where it is not there."""
+        kept = self._kept.get(key)
+        if kept is None:
+            # Outside inference mode, since an inference tensor could not take part in a later recorded forward.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                kept = self._kept[key] = make()
+        return kept
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._kept.clear()
+
+    def __reduce__(self) -> tuple[type[ShapeCache[_Value]], tuple[()]]:
+        return (type(self), ())
 
 
 class AttentionBias(nn.Module):
     """Expands a bias table to a window: resized and gathered once per shape, device and type.
 
-    What is cached is only used while no gradient is recorded and the table is the very same tensor at the same version,
-    so an optimizer step or a loaded checkpoint makes it anew. With gradients, the table is gathered in each call:
-    its values then change at each step.
+    What is kept is only used while no gradient is recorded and the table is the very same tensor at the same version, so
+    that an optimizer step or a loaded checkpoint makes it anew. With gradients, the table is expanded in each call: its
+    values then change at each step.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._cache = _Cache()
+        self._cache: ShapeCache[Tensor] = ShapeCache()
+        self._source: tuple[Tensor, int] | None = None
 
     def forward(self, table: Tensor, height: int, width: int) -> Tensor:
-        """Expanded bias.
-
-        Args:
-            table: ``(heads, R * R)``.
-            height: Rows of the window.
-            width: Columns of the window.
-
-        Returns:
-            ``(heads, cells, cells)`` with ``cells = height * width``.
-        """
-        if _must_expand(table):
-            return self._expand(table, height, width)
+        """Expanded bias of `table`; see ``expand_bias``."""
+        if is_recording() or table.is_inference() or (torch.is_grad_enabled() and table.requires_grad):
+            return expand_bias(table, height, width)
+        version = table._version  # noqa: SLF001 - torch's only counter of changes in place
+        if self._source is None or self._source[0] is not table or self._source[1] != version:
+            self._cache.clear()
+            self._source = (table, version)
         key = (height, width, table.device, table.dtype)
-        kept = self._cache.get(key)
-        if kept is None or kept[0] is not table or kept[1] != table._version:  # noqa: SLF001 - torch's only change counter
-            # Leaving inference mode: an inference tensor could not take part in a later recorded forward.
-            with torch.inference_mode(mode=False), torch.no_grad():
-                kept = self._cache[key] = (table, table._version, self._expand(table, height, width))  # noqa: SLF001
-        return kept[2]
-
-    def _expand(self, table: Tensor, height: int, width: int) -> Tensor:
-        index = _offset_index(height, width, table.device)
-        cells = height * width
-        return resize_bias_table(table, height, width).index_select(1, index).view(-1, cells, cells)
+        return self._cache.get_or_make(key, lambda: expand_bias(table, height, width))
 
     def train(self, mode: bool = True) -> AttentionBias:
         """Also forgets, for weights that were swapped through ``.data``, which counts no version."""
@@ -136,4 +165,5 @@ class AttentionBias(nn.Module):
 
     def _apply(self, *args: object, **kwargs: object) -> AttentionBias:
         self._cache.clear()
-        return super()._apply(*args, **kwargs)  # type: ignore[arg-type]
+        moved: AttentionBias = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return moved

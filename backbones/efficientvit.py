@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
+from effvit.backbones._efficientvit_fused import FusedBlock, FusedDownsample, FusedStem
 from effvit.backbones._registry import register
-from effvit.backbones._windows import AttentionBias, from_windows, resize_bias_table, to_windows
+from effvit.backbones._windows import AttentionBias, cut, merge, resize_bias_table
 
 WINDOW = 7
 KEY_DIM = 16
@@ -56,6 +57,29 @@ class ConvNorm(nn.Module):
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / stride), ceil(W / stride))``."""
         out: Tensor = self.bn(self.conv(x))
         return out
+
+    @torch.no_grad()
+    def fold(self) -> nn.Conv2d:
+        """One convolution with bias that equals this one in eval mode."""
+        conv, bn = self.conv, self.bn
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        # In double precision: the scale is a quotient that the whole network's error would inherit.
+        scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+        folded = nn.Conv2d(
+            conv.in_channels,
+            conv.out_channels,
+            (conv.kernel_size[0], conv.kernel_size[1]),
+            (conv.stride[0], conv.stride[1]),
+            (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2),
+            groups=conv.groups,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+        )
+        folded.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+        assert folded.bias is not None
+        folded.bias.copy_(bn.bias.double() - bn.running_mean.double() * scale)
+        return folded
 
 
 class Residual(nn.Module):
@@ -112,12 +136,13 @@ class CascadedGroupAttention(nn.Module):
         """Attends.
 
         Args:
-            windows: ``(B * windows, C, h, w)`` in channels-last memory.
+            windows: ``(B * windows, h, w, C)``.
 
         Returns:
             The same shape.
         """
-        count, _, height, width = windows.shape
+        windows = windows.permute(0, 3, 1, 2)
+        height, width = windows.shape[-2:]
         bias = self.bias(self.attention_biases, height, width)
         shares = windows.chunk(len(self.qkvs), 1)
         share = shares[0]
@@ -129,9 +154,9 @@ class CascadedGroupAttention(nn.Module):
             query = mix(query).flatten(2).transpose(1, 2)
             attention = torch.baddbmm(bias[head], query, key.flatten(2), alpha=self.scale).softmax(-1)
             out = torch.bmm(attention, value.flatten(2).transpose(1, 2))
-            outputs.append(out.transpose(1, 2).unflatten(2, (height, width)))
+            outputs.append(out.view(-1, height, width, out.shape[-1]).permute(0, 3, 1, 2))
         merged: Tensor = self.proj["1"](torch.cat(outputs, 1).relu_())
-        return merged
+        return merged.permute(0, 2, 3, 1)
 
 
 class WindowAttention(nn.Module):
@@ -143,7 +168,8 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same."""
-        return from_windows(self.attn(to_windows(x, WINDOW)), x, WINDOW)
+        grid = x.permute(0, 2, 3, 1)
+        return merge(self.attn(cut(grid, WINDOW)), grid, WINDOW).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
@@ -267,6 +293,20 @@ class NormLinear(nn.Module):
         logits: Tensor = self.linear(self.bn(features))
         return logits
 
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Folds the BatchNorm into the linear, in place."""
+        bn, linear = self.bn, self.linear
+        if not isinstance(bn, nn.BatchNorm1d):
+            return
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        weight, scale = linear.weight.double(), bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+        linear.bias.copy_(linear.bias + weight @ (bn.bias - bn.running_mean * scale))
+        linear.weight.copy_(weight * scale)
+        self.bn = nn.Identity()
+        self.requires_grad_(requires_grad=False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EfficientViTVariant(VariantInfo):
@@ -300,7 +340,7 @@ class EfficientViT(Backbone):
     def __init__(self, variant: EfficientViTVariant, *, dense: bool = False) -> None:
         super().__init__()
         self.info = variant
-        self.patch_embed = Stem(variant.channels[0])
+        self.patch_embed: nn.Module = Stem(variant.channels[0])
         table_sizes = (WINDOW, WINDOW, WINDOW if dense else 4)
         stages = []
         before = variant.channels[0]
@@ -369,7 +409,14 @@ class EfficientViT(Backbone):
         return resize_bias_table(table, side, side)
 
     def fuse(self) -> EfficientViT:
-        """See ``Backbone.fuse``."""
+        """See ``Backbone.fuse``; the deploy form is in ``_efficientvit_fused``."""
+        if isinstance(self.patch_embed, Stem):
+            self.patch_embed = FusedStem(self.patch_embed)
+            for module in self.stages:
+                stage = cast("Stage", module)
+                if isinstance(stage.downsample, Downsample):
+                    stage.downsample = FusedDownsample(stage.downsample)
+                stage.blocks = nn.Sequential(*(FusedBlock(cast("Block", block), WINDOW) for block in stage.blocks))
         return self
 
     @classmethod
