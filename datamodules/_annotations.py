@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from pycocotools import mask as mask_api
 
-from effvit.categories import Categories
+if TYPE_CHECKING:
+    from effvit.categories import Categories
 
 # MMDetection's `CocoDataset` leaves out boxes thinner than one pixel.
 _MIN_SIDE = 1.0
@@ -66,7 +67,7 @@ class AnnotationTable:
         self._ends = _shared(np.cumsum([len(group) for group in objects]).tolist(), torch.int64)
         boxes = np.array([annotation["bbox"] for annotation in flat], dtype=np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        self._boxes = torch.from_numpy(boxes.astype(np.float32)).share_memory_()
+        self._boxes = _share(torch.from_numpy(boxes.astype(np.float32)))
         self._labels = _shared([categories.label_of(annotation["category_id"]) for annotation in flat], torch.int32)
         self._segments: tuple[torch.Tensor, torch.Tensor] | None = None
         if masks:
@@ -91,7 +92,7 @@ class AnnotationTable:
 
     @property
     def is_wide(self) -> torch.Tensor:
-        """bool ``(N,)``: wider than tall, by the annotated size."""
+        """Which images are wider than tall, bool ``(N,)``, by the annotated size."""
         return self.sizes[:, 1] >= self.sizes[:, 0]
 
     def _masks(self, begin: int, end: int, height: int, width: int) -> torch.Tensor | None:
@@ -141,12 +142,17 @@ def _segmentation(annotation: dict[str, Any]) -> Any:
 
 
 def _shared(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype).share_memory_()
+    return _share(torch.tensor(values, dtype=dtype))
+
+
+def _share(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.share_memory_()  # type: ignore[no-untyped-call]
+    return tensor
 
 
 def _blob(pieces: list[bytes]) -> tuple[torch.Tensor, torch.Tensor]:
     """Byte strings in one tensor, and where each ends."""
-    data = torch.from_numpy(np.frombuffer(b"".join(pieces), dtype=np.uint8).copy()).share_memory_()
+    data = _share(torch.from_numpy(np.frombuffer(b"".join(pieces), dtype=np.uint8).copy()))
     return data, _shared(np.cumsum([len(piece) for piece in pieces]).tolist(), torch.int64)
 
 

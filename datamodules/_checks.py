@@ -6,13 +6,15 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effvit.categories import Categories
 from effvit.errors import DatasetError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
 
 # Annotation tools round box corners to whole pixels; that much beyond the border is no fault.
 BORDER_TOLERANCE = 1.0
@@ -131,7 +133,7 @@ def _missing_files(entries: Iterable[dict[str, Any]], folder: Path) -> list[Faul
         subfolder, name = os.path.split(entry["file_name"])
         if subfolder not in listings:
             place = folder / subfolder
-            listings[subfolder] = set(os.listdir(place)) if place.is_dir() else set()
+            listings[subfolder] = {path.name for path in place.iterdir()} if place.is_dir() else set()
         if name not in listings[subfolder]:
             message = f"there is no such file in {folder}"
             faults.append(Fault("missing-file", message, image_id=entry["id"], file=entry["file_name"]))
@@ -177,12 +179,14 @@ def _box_fault(box: Any, image: dict[str, Any] | None) -> tuple[str, str] | None
         return "bad-box", f"bbox must be four numbers [x, y, width, height], found {_short(box)}"
     if not all(math.isfinite(value) for value in box):
         return "not-finite", f"bbox {box} holds NaN or infinity"
-    x, y, w, h = box
-    if w <= 0 or h <= 0:
+    if box[2] <= 0 or box[3] <= 0:
         return "no-area", f"bbox {box} has no area: width and height must be above 0"
-    if image is None or not all(_is_int(image.get(key)) for key in ("width", "height")):
-        return None
-    width, height = image["width"], image["height"]
+    has_size = image is not None and all(_is_int(image.get(key)) for key in ("width", "height"))
+    return _border_fault(box, image["width"], image["height"]) if image is not None and has_size else None
+
+
+def _border_fault(box: list[float], width: int, height: int) -> tuple[str, str] | None:
+    x, y, w, h = box
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         return "wholly-outside", f"bbox {box} lies outside the image of {width}x{height} pixels"
     beyond = max(-x, -y, x + w - width, y + h - height)

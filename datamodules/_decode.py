@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +12,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from effvit.errors import DatasetError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class SizeMismatchError(DatasetError):
+    """An image file of another size than its annotation says."""
+
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _ORIENTATION = 0x0112  # EXIF tag
@@ -32,7 +40,8 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None, where: str = 
         uint8 ``(3, H, W)``, laid out in memory as ``(H, W, 3)``.
 
     Raises:
-        DatasetError: The file is missing, truncated, not an image, or of another size than annotated.
+        DatasetError: The file is missing, truncated or not an image.
+        SizeMismatchError: It is of another size than annotated.
     """
     where = f" ({where})" if where else ""
     try:
@@ -107,7 +116,7 @@ def _orient(image: torch.Tensor, orientation: int, size: tuple[int, int] | None,
     if size is not None and size != displayed:
         if size == stored:
             return image
-        raise DatasetError(
+        raise SizeMismatchError(
             f"image {where} has {stored[1]}x{stored[0]} pixels (width x height)"
             + (f", {displayed[1]}x{displayed[0]} after its EXIF rotation" if displayed != stored else "")
             + f", but its annotation says {size[1]}x{size[0]}; correct width and height in the JSON or restore the file"

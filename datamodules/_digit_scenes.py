@@ -93,7 +93,8 @@ def _write_split(root: Path, split: str, number: int, options: SceneOptions) -> 
     side = 2 * options.scene_size
     grain = np.random.default_rng(options.seed).standard_normal((side, side, 3), dtype=np.float32)
     (root / split).mkdir()
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id in range(1, number + 1):
         # One generator a scene: a scene does not depend on how many come before it.
         random = np.random.default_rng((options.seed, split == "val", image_id))
@@ -176,7 +177,7 @@ def _place(random: np.random.Generator, digit: Array, height: float, taken: Arra
 
 
 def _write(random: np.random.Generator, digit: Array, height: float) -> Array:
-    """Ink of a digit in 0 … 1, ``(h, w)``, drawn smoothly, a little turned, slanted and stretched, cropped to the ink."""
+    """Ink of a digit in 0 … 1, ``(h, w)``, smooth, a little turned, slanted and stretched, cropped."""
     scale = height / 8 / _FINE
     angle, slant = random.uniform(-0.2, 0.2), random.uniform(-0.25, 0.25)
     stretch = random.uniform(0.85, 1.15)

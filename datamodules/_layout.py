@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from effvit.errors import DatasetError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Folder and file names in use for one and the same split.
 _ALIASES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -60,7 +63,7 @@ def find_split(root: Path, split: str, annotations: str | None = None, images: s
     raise DatasetError(
         f"no annotations of the {split} split in {root}. Looked for:\n"
         + "\n".join(f"  {path.relative_to(root)}" for path, _ in looked)
-        + f"\nThere is: {_listing(root)}\nName the files with {split}_annotations and {split}_images (relative to root)."
+        + f"\nThere is: {_listing(root)}\nName them with {split}_annotations and {split}_images (relative to root)."
     )
 
 

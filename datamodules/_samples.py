@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -16,6 +15,7 @@ from effvit.datamodules._decode import read_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from torchvision.transforms import v2
 
@@ -51,7 +51,7 @@ class AnnotatedImages(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
         image = read_image(self.folder / record.file_name, size=record.size, where=f"image id {record.image_id}")
         sample: dict[str, Any] = {
             "image": tv_tensors.Image(image),
-            "boxes": tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=record.size),  # type: ignore[call-overload]
+            "boxes": tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=record.size),
         }
         if record.masks is not None:
             sample["masks"] = tv_tensors.Mask(record.masks)

@@ -37,8 +37,8 @@ class CocoDetection(LightningDataModule):
     ``(N,)``), ``size`` and ``original_size`` (height, width), ``file_name`` and, where asked for, ``masks`` (uint8
     ``(N, H, W)`` at the original size, flipped as the image).
 
-    The order of training images and their augmentation depend on ``seed``, the epoch and the image alone, not on workers
-    or on what ran before; a run resumed within an epoch goes on with the next batch.
+    The order of training images and their augmentation depend on ``seed``, the epoch and the image alone, not on
+    workers or on what ran before; a run resumed within an epoch goes on with the next batch.
 
     Args:
         root: Folder of the data set.
@@ -141,8 +141,8 @@ class CocoDetection(LightningDataModule):
     def ground_truth(self, stage: Literal["validate", "test"]) -> dict[str, Any]:
         """The COCO dictionary that predictions of a stage are compared with.
 
-        It is the file as it is, crowd regions included, with ``area`` and ``iscrowd`` added where a file lacks them, and
-        without what the policy ``faults`` left out.
+        It is the file as it is, crowd regions included, with ``area`` and ``iscrowd`` added where a file lacks them,
+        and without what the policy ``faults`` left out.
 
         Args:
             stage: "validate" or "test".

@@ -26,7 +26,7 @@ class HandwrittenDigits(CocoDetection):
         scene_size: Width and height of a scene in pixels; digits are 15 to 60 % as tall.
         scene_seed: Seed of the scenes.
         batch_size: Training images in a batch, per process.
-        val_batch_size: Images in a batch of evaluation; all scenes are of one size, so that this does not change results.
+        val_batch_size: Images in a batch of evaluation; scenes are of one size, so that it does not change results.
         num_workers: Processes that load images; 0 loads in the training process.
         image_size: Limits of the long and the short side in pixels; None for the size of the scenes.
         scale_jitter: Range of a random factor on ``image_size`` in training.

@@ -1,19 +1,21 @@
 """Transforms of images and boxes, as torchvision v2 transforms on tv_tensors, and the collation of a batch.
 
-A sample is a dictionary with ``image`` (``tv_tensors.Image``, uint8), ``boxes`` (``tv_tensors.BoundingBoxes``, XYXY) and,
-where asked for, ``masks`` (``tv_tensors.Mask``). Images stay uint8 up to the device, which normalises whole batches.
+A sample is a dictionary with ``image`` (``tv_tensors.Image``, uint8), ``boxes`` (``tv_tensors.BoundingBoxes``, XYXY)
+and, where asked for, ``masks`` (``tv_tensors.Mask``). Images stay uint8 up to the device, which normalises whole batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 Sample = dict[str, Any]
 Target = dict[str, Any]
@@ -36,7 +38,7 @@ def keep_ratio_size(height: int, width: int, scale: tuple[int, int]) -> tuple[in
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 
-class KeepRatioResize(v2.Transform):
+class KeepRatioResize(v2.Transform):  # type: ignore[misc]  # torchvision ships no types
     """Resizes image and boxes as large as ``scale`` allows, and clips the boxes to the image.
 
     Bilinear without antialiasing on uint8, which is OpenCV's ``INTER_LINEAR`` bit for bit: the published recipes were
@@ -97,8 +99,8 @@ class Collate:
     """Puts samples into one uint8 batch.
 
     Images go to the top left of a common size, the largest height and width rounded up to ``divisor``; the rest is 0.
-    The batch has the shape ``(B, 3, H, W)`` in channels_last memory: decoders and resizers give ``(H, W, 3)``, so that a
-    row is copied whole, and channels_last is what convolutions want.
+    The batch has the shape ``(B, 3, H, W)`` in channels_last memory: decoders and resizers give ``(H, W, 3)``, so that
+    rows are copied whole, and channels_last is what convolutions want.
 
     Args:
         divisor: Height and width of the batch are multiples of this.

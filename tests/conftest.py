@@ -1,12 +1,11 @@
-"""What the tests of every room share: small COCO-format data sets, the folder of real data, a private cache, one thread."""
+"""What the tests of every room share: small COCO-format data sets, real data, a private cache, one thread."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before torch is imported anywhere: tests share few cores, and one thread each is the fastest for small tensors.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +16,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 Box = tuple[float, float, float, float]
 
