@@ -40,7 +40,7 @@ def draw_curves(
     _metrics(metric_axes, evaluations, metrics)
     rate_axes.plot(steps, rates, color=_GREEN, linewidth=1.6)
     rate_axes.set_ylim(bottom=0)
-    rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    rate_axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     for axes, title in ((loss_axes, "training loss"), (metric_axes, "validation"), (rate_axes, "learning rate")):
         _style(axes, title, steps)
     temporary = path.with_name(path.name + ".tmp")
@@ -48,8 +48,12 @@ def draw_curves(
     temporary.replace(path)
 
 
-def smooth(values: Sequence[float], share: float = 0.9) -> list[float]:
-    """Exponential moving average without the pull towards its start (bias corrected, as Adam's moments)."""
+def smooth(values: Sequence[float]) -> list[float]:
+    """Exponential moving average over a twentieth of the values, at most ten, without the pull towards its start.
+
+    The correction at the start is that of Adam's moments (arXiv 1412.6980, section 3).
+    """
+    share = 1 - 1 / min(max(1.0, len(values) / 20), 10.0)
     result, mean, weight = [], 0.0, 0.0
     for value in values:
         mean = share * mean + (1 - share) * value

@@ -76,7 +76,7 @@ class EMA(Callback):
     do not. Memory: one copy of the weights while training, one more during validation.
 
     Validation sees the averaged weights, but never before the first update; the log says which set was evaluated, and
-    so does the metric ``val/ema_updates`` (0: raw). When training ends the module holds the averaged weights.
+    so does the metric ``val/ema_updates`` (0: raw). When a fit ends the module holds the averaged weights.
 
     Args:
         decay: Largest share that the average keeps at an update, in ``[0, 1)``.
@@ -143,7 +143,7 @@ class EMA(Callback):
             pl_module.log("val/ema_updates", float(self.updates if self._raw else 0), rank_zero_only=False)
             self._leave_average(pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Leaves the averaged weights in the module; a checkpoint saved from now on still holds both sets."""
         self._enter_average(pl_module)
 

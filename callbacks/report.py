@@ -230,7 +230,7 @@ class RunReport(Callback):
             return
         portrait = all(pair[0].height >= pair[0].width for pair in self._rows)
         pairs_per_row = 2 if portrait and len(self._rows) > 2 else 1
-        titles = ("ground truth", f"prediction (score ≥ {self.score_threshold:g})")
+        titles = ("ground truth", f"prediction, score {self.score_threshold:g} and above")
         sheet = panel_grid(self._rows, titles, pairs_per_row=pairs_per_row)
         self._rows = []
         folder.mkdir(parents=True, exist_ok=True)
