@@ -9,18 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from effvit.datamodules._layout import find_split, has_split
     from effvit.datamodules.coco import CocoDetection
     from effvit.datamodules.digits import HandwrittenDigits
     from effvit.datamodules.images import ImageFiles
     from effvit.datamodules.inspection import DatasetReport, inspect_coco
 
-__all__ = ["CocoDetection", "DatasetReport", "HandwrittenDigits", "ImageFiles", "inspect_coco"]
+__all__ = [
+    "CocoDetection",
+    "DatasetReport",
+    "HandwrittenDigits",
+    "ImageFiles",
+    "find_split",
+    "has_split",
+    "inspect_coco",
+]
 
 _HOMES = {
     "CocoDetection": "coco",
     "DatasetReport": "inspection",
     "HandwrittenDigits": "digits",
     "ImageFiles": "images",
+    "find_split": "_layout",
+    "has_split": "_layout",
     "inspect_coco": "inspection",
 }
 

@@ -6,10 +6,10 @@ import io
 import warnings
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from effvit.errors import DatasetError
 
@@ -21,7 +21,8 @@ class SizeMismatchError(DatasetError):
     """An image file of another size than its annotation says."""
 
 
-_JPEG_MAGIC = b"\xff\xd8\xff"
+_JPEG_MAGIC, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_START_OF_SCAN = 0xDA
 _ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -57,7 +58,7 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None, where: str = 
         ) from error
     except Exception as error:
         raise DatasetError(
-            f"image {path}{where} is truncated or damaged ({len(data)} bytes): {_last_words(error)}; "
+            f"image {path}{where} is truncated or damaged ({len(data)} bytes): {error}; "
             "restore the file or remove its entry"
         ) from error
     return _orient(image, orientation, size, f"{path}{where}")
@@ -65,17 +66,23 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None, where: str = 
 
 def _decode(data: bytes) -> tuple[torch.Tensor, int]:
     """RGB as stored, and the EXIF orientation (1: as stored)."""
+    if not data.startswith(_JPEG_MAGIC):
+        with Image.open(io.BytesIO(data)) as image:
+            return _from_pil(image), _read_orientation(image)
+    components, scan = _jpeg_frame(data)
     orientation = 1
-    is_jpeg = data.startswith(_JPEG_MAGIC)
-    if not is_jpeg or b"Exif" in data[:65536] or _jpeg_components(data) not in {1, 3}:
+    if b"Exif" in data[:scan] or components not in {1, 3}:
         with Image.open(io.BytesIO(data)) as image:
             orientation = _read_orientation(image)
-            if not is_jpeg or image.mode == "CMYK":
+            if components not in {1, 3}:
                 return _from_pil(image), orientation
-    # torchvision is as fast as OpenCV here, gives the same pixels, and refuses a truncated file,
-    # which older OpenCV fills with grey.
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return decode_jpeg(buffer, mode=ImageReadMode.RGB), orientation
+    # OpenCV before version 5 fills a truncated picture with grey and says nothing.
+    if data.find(_JPEG_END, scan) < 0:
+        raise ValueError("the JPEG data end before the end-of-image marker")
+    pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+    if pixels is None:
+        raise ValueError("the JPEG data cannot be decoded")
+    return torch.from_numpy(pixels).permute(2, 0, 1), orientation
 
 
 def _read_orientation(image: Image.Image) -> int:
@@ -86,15 +93,18 @@ def _read_orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _jpeg_components(data: bytes) -> int:
-    """Number of colour components in a JPEG's frame header; 0 where there is none."""
-    position = 2
+def _jpeg_frame(data: bytes) -> tuple[int, int]:
+    """Number of colour components of a JPEG, and where its compressed data start; 0 for what is not found."""
+    position, components = 2, 0
     while position + 10 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
+        if marker == _START_OF_SCAN:
+            return components, position
         if 0xC0 <= marker <= 0xCF and marker not in {0xC4, 0xC8, 0xCC}:
-            return data[position + 9]
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return 0
+            components = data[position + 9]
+        # Markers may be preceded by any number of 0xFF bytes.
+        position += 1 if marker == 0xFF else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return components, 0
 
 
 def _from_pil(image: Image.Image) -> torch.Tensor:
@@ -127,8 +137,3 @@ def _orient(image: torch.Tensor, orientation: int, size: tuple[int, int] | None,
     turned.getexif()[_ORIENTATION] = orientation
     upright = ImageOps.exif_transpose(turned)
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-
-
-def _last_words(error: Exception) -> str:
-    """The readable tail of an error message: torchvision prefixes function, source file and line."""
-    return str(error).strip().splitlines()[0].rsplit(", ", 1)[-1] if str(error).strip() else type(error).__name__

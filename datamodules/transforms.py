@@ -1,7 +1,7 @@
 """Transforms of images and boxes, as torchvision v2 transforms on tv_tensors, and the collation of a batch.
 
 A sample is a dictionary with ``image`` (``tv_tensors.Image``, uint8), ``boxes`` (``tv_tensors.BoundingBoxes``, XYXY)
-and, where asked for, ``masks`` (``tv_tensors.Mask``). Images stay uint8 up to the device, which normalises whole batches.
+and, where asked for, ``masks`` (``tv_tensors.Mask``). Images stay uint8 up to the device, which normalises batches.
 """
 
 from __future__ import annotations
