@@ -41,7 +41,7 @@ def make_ground_truth(seed=0, num_images=14):
                     "bbox": [float(x), float(y), float(width), float(height)],
                     "area": float(0.8 * width * height),
                     "iscrowd": int(crowd),
-                    "segmentation": crowd_rle(polygon) if crowd else polygon,
+                    "segmentation": crowd_rle((x, y, width, height)) if crowd else polygon,
                 }
             )
     return {
@@ -51,9 +51,11 @@ def make_ground_truth(seed=0, num_images=14):
     }
 
 
-def crowd_rle(polygon):
-    """An uncompressed run-length mask, as COCO stores crowds."""
-    mask = mask_utils.decode(mask_utils.merge(mask_utils.frPyObjects(polygon, SIZE, SIZE)))
+def crowd_rle(box):
+    """An uncompressed run-length mask of a box, as COCO stores crowds."""
+    x, y, width, height = (int(side) for side in box)
+    mask = np.zeros((SIZE, SIZE), dtype=np.uint8)
+    mask[y : y + height + 1, x : x + width + 1] = 1
     pixels = mask.flatten(order="F")
     changes = np.flatnonzero(np.diff(pixels)) + 1
     runs = np.diff(np.concatenate([[0], changes, [len(pixels)]])).tolist()

@@ -1,0 +1,145 @@
+"""COCO AP of two gloo processes against one, on the CPU.
+
+The file is its own worker: run as a script it joins the process group, plays every scenario and writes what it got.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from effvit.errors import DatasetError
+from effvit.tasks.metrics.coco import CocoEvaluator
+
+NUM_IMAGES = 7
+SCENARIOS = ("shared", "padded", "empty rank 1", "empty rank 0", "no images", "bad ground truth", "recovered")
+
+
+def make_data():
+    """Ground truth of seven images and jittered detections of every object."""
+    random = np.random.default_rng(3)
+    truth = {
+        "images": [{"id": i, "height": 200, "width": 200} for i in range(NUM_IMAGES)],
+        "annotations": [],
+        "categories": [{"id": 2, "name": "a"}, {"id": 5, "name": "b"}],
+    }
+    detections = []
+    for image_id in range(NUM_IMAGES):
+        corners, sides = random.uniform(0, 100, (6, 2)), random.uniform(5, 100, (6, 2))
+        category_ids = random.choice([2, 5], 6)
+        for corner, side, category_id in zip(corners, sides, category_ids, strict=True):
+            box = [*corner.tolist(), *side.tolist()]
+            entry = {"image_id": image_id, "category_id": int(category_id), "bbox": box, "area": box[2] * box[3]}
+            truth["annotations"].append({"id": len(truth["annotations"]) + 1, "iscrowd": 0, **entry})
+        boxes = np.concatenate([corners, corners + sides], axis=1) + random.normal(0, 4, (6, 4))
+        scores = random.integers(1, 6, 6) / 6  # equal scores across images: the order of the images shows
+        detections.append(
+            {
+                "boxes": torch.tensor(boxes, dtype=torch.float32),
+                "scores": torch.tensor(scores, dtype=torch.float32),
+                "category_ids": torch.tensor(category_ids),
+            }
+        )
+    return truth, detections
+
+
+def images_of(scenario, rank):
+    """Which images a rank predicts; a distributed sampler deals them out in turns and repeats the first to fill up."""
+    if scenario == "padded":
+        return [*range(rank, NUM_IMAGES, 2), *([0] if rank == 1 else [])]
+    if scenario == "empty rank 1":
+        return list(range(NUM_IMAGES)) if rank == 0 else []
+    if scenario == "empty rank 0":
+        return list(range(NUM_IMAGES)) if rank == 1 else []
+    if scenario == "no images":
+        return []
+    return list(range(rank, NUM_IMAGES, 2))
+
+
+def play(rank):
+    """What one rank gets in every scenario: ``[metrics, AP by class]``, or the error's message."""
+    truth, detections = make_data()
+    evaluator = CocoEvaluator()
+    outcomes = {}
+    for scenario in SCENARIOS:
+        evaluator.reset()
+        for position, image_id in enumerate(images_of(scenario, rank)):
+            found = dict(detections[image_id])
+            if position > 0 and image_id == 0:  # the copy differs in its last bits, as it does in another batch
+                found["boxes"] = found["boxes"] + 1.0
+            evaluator.update([image_id], [found])
+        seen_by_all = truth if scenario != "bad ground truth" else {**truth, "images": truth["images"][1:]}
+        # Only the first rank's ground truth is read.
+        own_truth = seen_by_all if rank == 0 else {"images": [], "annotations": [], "categories": []}
+        try:
+            result = evaluator.compute(own_truth, per_class=True)
+            outcomes[scenario] = [result.metrics["bbox"], {str(k): v for k, v in result.per_class["bbox"].items()}]
+        except DatasetError as error:
+            outcomes[scenario] = str(error)
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Outcomes of both ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    try:
+        for worker in workers:
+            _, errors = worker.communicate(timeout=120)
+            assert worker.returncode == 0, errors.decode()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one process gets from all images."""
+    truth, detections = make_data()
+    evaluator = CocoEvaluator()
+    evaluator.update(range(NUM_IMAGES), detections)
+    result = evaluator.compute(truth, per_class=True)
+    assert 0.1 < result.metrics["bbox"]["AP"] < 0.9
+    return [result.metrics["bbox"], {str(k): v for k, v in result.per_class["bbox"].items()}]
+
+
+@pytest.mark.parametrize("scenario", ["shared", "padded", "empty rank 1", "empty rank 0", "recovered"])
+def test_two_processes_get_the_digits_of_one(outcomes, alone, scenario):
+    assert outcomes[0][scenario] == alone
+    assert outcomes[1][scenario] == alone
+
+
+def test_no_images_anywhere_is_undefined_on_both(outcomes):
+    assert set(outcomes[0]["no images"][0].values()) == {-1.0}
+    assert outcomes[0]["no images"] == outcomes[1]["no images"]
+
+
+def test_an_error_is_raised_on_both(outcomes):
+    assert "evaluated images are not in the ground truth, first image id 0" in outcomes[0]["bad ground truth"]
+    assert outcomes[0]["bad ground truth"] == outcomes[1]["bad ground truth"]
+
+
+def main(rank, folder):
+    """Joins the group through a file, so that no port is needed."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=int(rank), world_size=2)
+    outcomes = play(int(rank))
+    Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
