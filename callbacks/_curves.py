@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,14 +35,18 @@ def draw_curves(
     # A Figure of its own, not pyplot: no global state, no window system, nothing for the user's own plots to meet.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(12, 3.4), dpi=110)
+    figure.subplots_adjust(
+        left=0.045, right=0.985, bottom=0.15, top=0.9, wspace=0.2
+    )  # twice as fast as a layout engine
     loss_axes, metric_axes, rate_axes = figure.subplots(1, 3, width_ratios=(4, 4, 3))
     _loss(loss_axes, steps, losses)
     _metrics(metric_axes, evaluations, metrics)
-    rate_axes.plot(steps, rates, color=_GREEN, linewidth=1.6)
+    unit = 10.0 ** math.floor(math.log10(max(rates, default=0.0) or 1.0))
+    rate_axes.plot(steps, [rate / unit for rate in rates], color=_GREEN, linewidth=1.6)
     rate_axes.set_ylim(bottom=0)
-    rate_axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    for axes, title in ((loss_axes, "training loss"), (metric_axes, "validation"), (rate_axes, "learning rate")):
+    rate_title = f"learning rate  [{unit:.0e}]"
+    for axes, title in ((loss_axes, "training loss"), (metric_axes, "validation"), (rate_axes, rate_title)):
         _style(axes, title, steps)
     temporary = path.with_name(path.name + ".tmp")
     figure.savefig(temporary, format="png")

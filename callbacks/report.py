@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _CURVES = ("AP", "AP50")
+_SECONDS_BETWEEN_CURVES = 20.0
 
 
 class RunReport(Callback):
     """Writes ``predictions.png`` and ``curves.png`` into the run folder and prints a table when a run ends.
 
     ``predictions.png`` shows ground truth beside prediction on a few validation images, the same ones after every
-    validation: they are spread evenly over the validation data. ``curves.png`` shows loss, AP and learning rate over
-    steps; the history behind it is part of the checkpoint, so a resumed run goes on with the same curves. The table
+    validation: they are spread evenly over the validation data. ``curves.png``, written at most every 20 s and at the
+    end, shows loss, AP and learning rate over steps; the history behind it is part of the checkpoint, so a resumed run goes on with the same curves. The table
     has AP, AP50, AP75, APs, APm and APl (a dash where COCO has nothing to find), and the AP of each class where
     the task computes it.
 
@@ -68,6 +70,7 @@ class RunReport(Callback):
         self._throughput = Throughput()
         self._seconds_before = 0.0
         self._started = time.perf_counter()
+        self._drawn = -math.inf
 
     def state_dict(self) -> dict[str, Any]:
         """History of the run in plain numbers."""
@@ -159,7 +162,8 @@ class RunReport(Callback):
         self._evaluations.append((trainer.global_step, row))
         if trainer.is_global_zero:
             self._write_predictions(_folder(trainer))
-            if trainer.state.fn == "fit":
+            # Drawing takes a quarter of a second, which a run of short epochs would feel.
+            if trainer.state.fn == "fit" and time.perf_counter() - self._drawn > _SECONDS_BETWEEN_CURVES:
                 self.write_curves(_folder(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -200,6 +204,7 @@ class RunReport(Callback):
         names = [name for name in _CURVES if any(name in row for _, row in self._evaluations)]
         if not names and self._evaluations:
             names = [name for name in self._evaluations[-1][1] if not name.startswith("ema_")][:4]
+        self._drawn = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         draw_curves(folder / "curves.png", self._steps, self._losses, self._rates, self._evaluations, names)
 
@@ -235,7 +240,7 @@ class RunReport(Callback):
         self._rows = []
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / "predictions.png.tmp"
-        sheet.save(temporary, format="png", optimize=True)
+        sheet.save(temporary, format="png")
         temporary.replace(folder / "predictions.png")
 
     def _print_metrics(self, pl_module: LightningModule, row: Mapping[str, float], title: str) -> None:

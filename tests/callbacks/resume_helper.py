@@ -127,10 +127,9 @@ def make_trainer(folder: Path, callbacks: list[pl.Callback] | None = None, **opt
         devices=1,
         max_epochs=EPOCHS,
         logger=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=callbacks,
-        **options,
+        **({"enable_progress_bar": False} | options),
     )
 
 

@@ -48,8 +48,8 @@ def _expected(raw: list[dict[str, Any]], decay: float) -> dict[str, Any]:
 
 def _assert_equal(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 0.0) -> None:
     assert found.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(found[name].double(), expected[name].double(), rtol=tolerance, atol=tolerance)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].double(), value.double(), rtol=tolerance, atol=tolerance)
 
 
 def _run(folder: Path, decay: float = 0.8, **options: Any):
