@@ -60,8 +60,9 @@ class LoadReport:
 def load_checkpoint(network: Backbone | Classifier, path: str | Path, *, strict: bool = True) -> LoadReport:
     """Loads weights into a network.
 
-    The file may be the family's official one, timm's, MMDetection's or ours: wrappers and prefixes are found by content.
-    Position tables of another size are resized. A classifier's head is loaded where it fits and starts fresh otherwise.
+    The file may be the family's official one, timm's, MMDetection's or ours: wrappers and prefixes are found by
+    content. Position tables of another size are resized. A classifier's head is loaded where it fits and starts fresh
+    otherwise.
 
     Args:
         network: A backbone, or a classifier on one; not fused.

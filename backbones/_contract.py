@@ -53,7 +53,7 @@ class VariantInfo:
         name: What ``create_backbone`` takes.
         family: Name of the family, as its paper spells it.
         params: Parameters of the published 1000-class network.
-        macs: Multiply-accumulates of one 224×224 image through that network, attention products included.
+        macs: Multiply-accumulates of one 224x224 image through that network, attention products included.
         top1: ImageNet-1k top-1 accuracy in percent.
         top5: ImageNet-1k top-5 accuracy in percent.
         paper: arXiv id.

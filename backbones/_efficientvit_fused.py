@@ -1,14 +1,14 @@
 """The deploy form of EfficientViT's blocks: the same function in far fewer, larger operations.
 
 EfficientViT is many small convolutions, and on CPUs each call of a convolution costs more than its arithmetic (a
-depthwise one on a 7x7 window about 100 microseconds, whatever its size). So here
+depthwise one about 100 microseconds, however small). So here
 
 * maps stay in channels-last memory, where a pointwise convolution is a plain matrix product on the cells;
 * a residual depthwise convolution has the identity added to its kernel's centre, ``x + dw(x) = (dw + 1)(x)``;
 * a feed-forward's second product accumulates onto its residual, whose bias the depthwise convolution before it has
   already added (and the first product's bias takes back);
-* a query's depthwise convolution in a window of N cells is one batched product with an N x N matrix for each channel, made
-  once per window shape, attention scale included;
+* a query's depthwise convolution in a window of N cells is one batched product with an N x N matrix for each channel,
+  made once per window shape, attention scale included;
 * heads work channel-major, so that queries, keys and values are views of one product.
 
 All of it is plain torch: it compiles, runs on any device, and in any floating type.
@@ -16,7 +16,7 @@ All of it is plain torch: it compiles, runs on any device, and in any floating t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,16 @@ from torch import Tensor, nn
 from effvit.backbones._windows import ShapeCache, cells_to_map, cut, expand_bias, is_recording, map_to_cells, merge
 
 if TYPE_CHECKING:
-    from effvit.backbones.efficientvit import Block, CascadedGroupAttention, Downsample, PatchMerging, Stem
+    from effvit.backbones._layers import ConvNorm, Residual
+    from effvit.backbones.efficientvit import (
+        Block,
+        CascadedGroupAttention,
+        Downsample,
+        FeedForward,
+        PatchMerging,
+        Stem,
+        WindowAttention,
+    )
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -108,9 +117,9 @@ class FusedAttention(nn.Module):
         self.window = window
         self.scale = attention.scale
         self.split = attention.split
-        projections = [part.fold() for part in attention.qkvs]
-        mixers = [part.fold() for part in attention.dws]
-        output = attention.proj["1"].fold()
+        projections = [cast("ConvNorm", part).fold() for part in attention.qkvs]
+        mixers = [cast("ConvNorm", part).fold() for part in attention.dws]
+        output = cast("ConvNorm", attention.proj["1"]).fold()
         self.table = _frozen(attention.attention_biases)
         self.qkv_weights = nn.ParameterList(_frozen(part.weight.flatten(1)) for part in projections)
         self.qkv_biases = nn.ParameterList(_frozen(_bias(part)[:, None]) for part in projections)
@@ -133,7 +142,7 @@ class FusedAttention(nn.Module):
         count, height, width, channels = windows.shape
         constants = self._constants(height, width)
         size = height * width
-        shares = windows.view(-1, channels).split(self.split[2], 1)
+        shares = torch.split(windows.view(-1, channels), self.split[2], 1)
         share = shares[0]
         outputs: list[Tensor] = []
         heads = zip(self.qkv_weights, self.qkv_biases, self.mixer_biases, *constants, strict=True)
@@ -141,7 +150,7 @@ class FusedAttention(nn.Module):
             if head:
                 share = outputs[-1] + shares[head]
             projected = torch.addmm(bias, weight, share.t()).view(-1, count, size)
-            query, key, value = projected.split(self.split)
+            query, key, value = torch.split(projected, list(self.split))
             query = torch.baddbmm(mixer_bias, query, mixer).permute(1, 2, 0)
             attention = torch.baddbmm(attention_bias, query, key.transpose(0, 1)).softmax(-1)
             outputs.append(torch.bmm(attention, value.permute(1, 2, 0)).view(count * size, -1))
@@ -191,7 +200,7 @@ class FusedBlock(nn.Module):
     def __init__(self, block: Block, window: int) -> None:
         super().__init__()
         self.before = local_mix(block.dw0, block.ffn0)
-        self.attention = FusedAttention(block.mixer.m.attn, window)
+        self.attention = FusedAttention(cast("WindowAttention", block.mixer.m).attn, window)
         self.after = local_mix(block.dw1, block.ffn1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -228,9 +237,9 @@ class FusedDownsample(nn.Module):
 
     def __init__(self, downsample: Downsample) -> None:
         super().__init__()
-        self.before = local_mix(downsample.res1[0], downsample.res1[1])
+        self.before = local_mix(*downsample.res1)
         self.merging = FusedPatchMerging(downsample.patchmerge)
-        self.after = local_mix(downsample.res2[0], downsample.res2[1])
+        self.after = local_mix(*downsample.res2)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
@@ -240,4 +249,6 @@ class FusedDownsample(nn.Module):
 
 def local_mix(depthwise: nn.Module, feed_forward: nn.Module) -> FusedLocalMix:
     """The fused form of a residual depthwise convolution followed by a residual feed-forward."""
-    return FusedLocalMix(depthwise.m.fold(), feed_forward.m.pw1.fold(), feed_forward.m.pw2.fold())
+    mixing = cast("ConvNorm", cast("Residual", depthwise).m)
+    feeding = cast("FeedForward", cast("Residual", feed_forward).m)
+    return FusedLocalMix(mixing.fold(), feeding.pw1.fold(), feeding.pw2.fold())

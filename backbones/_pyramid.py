@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.backbones._contract import Backbone
 from effvit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from effvit.backbones._contract import Backbone
 
 
 class FeaturePyramid(nn.Module):
     """Feature pyramid network (arXiv:1612.03144) whose levels need not be the backbone's.
 
-    * A level that the backbone has gets a 1×1 lateral and the top-down sum (nearest neighbour).
-    * Finer levels come from a chain of 2×2 stride-2 transposed convolutions on the finest merged lateral, as in
+    * A level that the backbone has gets a 1x1 lateral and the top-down sum (nearest neighbour).
+    * Finer levels come from a chain of 2x2 stride-2 transposed convolutions on the finest merged lateral, as in
       EfficientViT's official ``EfficientViTFPN``: its backbone starts at stride 16.
-    * Coarser levels come from 3×3 stride-2 convolutions, the first on the backbone's coarsest map, each further one on
+    * Coarser levels come from 3x3 stride-2 convolutions, the first on the backbone's coarsest map, each further one on
       the level before it, without ReLU between: MMDetection's ``add_extra_convs="on_input"``.
-    * Every level except the coarser ones ends in its own 3×3 convolution.
+    * Every level except the coarser ones ends in its own 3x3 convolution.
 
     No normalisation, no activation. Convolutions start Xavier-uniform and transposed ones Kaiming-normal (fan out), as
     in MMDetection. The backbone is brought to its dense form (``Backbone.prepare_for_dense``).

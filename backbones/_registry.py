@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from effvit.backbones._contract import Backbone, VariantInfo
 from effvit.errors import ConfigError, close_matches
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from effvit.backbones._contract import Backbone, VariantInfo
 
 _VARIANTS: dict[str, tuple[type[Backbone], VariantInfo]] = {}
 

@@ -33,7 +33,6 @@ def cut(grid: Tensor, window: int) -> Tensor:
     if height % window or width % window:
         grid = F.pad(grid, (0, 0, 0, -width % window, 0, -height % window))
     rows, columns = grid.shape[1] // window, grid.shape[2] // window
-    # reshape before view: a map in NCHW memory is copied once here and not again below
     grid = grid.reshape(batch, rows, window, columns, window, channels).transpose(2, 3)
     return grid.reshape(batch * rows * columns, window, window, channels)
 
@@ -137,9 +136,9 @@ class ShapeCache(Generic[_Value]):
 class AttentionBias(nn.Module):
     """Expands a bias table to a window: resized and gathered once per shape, device and type.
 
-    What is kept is only used while no gradient is recorded and the table is the very same tensor at the same version, so
-    that an optimizer step or a loaded checkpoint makes it anew. With gradients, the table is expanded in each call: its
-    values then change at each step.
+    What is kept is only used while no gradient is recorded and the table is the very same tensor at the same version,
+    so that an optimizer step or a loaded checkpoint makes it anew. With gradients, the table is expanded in each call:
+    its values then change at each step.
     """
 
     def __init__(self) -> None:

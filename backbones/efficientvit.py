@@ -3,16 +3,17 @@
 Paper: "EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention", CVPR 2023, arXiv:2305.07027.
 Official code: github.com/microsoft/Cream, folder EfficientViT. (MIT-HAN-Lab's EfficientViT is another network.)
 
-Parameters carry timm's names (``efficientvit_m*``), and at 224×224 the outputs are timm's and Microsoft's. What differs:
+Parameters carry timm's names (``efficientvit_m*``), and at 224x224 the outputs are timm's and Microsoft's. What
+differs:
 
 * One network for every image size. Microsoft keeps two files: the classifier, which only takes the size it was built
-  for, and the detection backbone, whose windows are 7×7 in every stage and which fails on maps smaller than that. Here a
-  map of at most 7×7 is one window of its own size; a larger one is padded with zeros at the bottom and right, unmasked
-  as in both files, and cut into 7×7 windows. A bias table made for another window is resized (bicubic, as Microsoft's
-  loaders do) once for each shape. timm instead pads a small map to the window that the network was built for.
-* ``dense=True`` (and ``prepare_for_dense``) makes all tables 7×7, as in Microsoft's detection file.
-* Expanded biases are cached per shape, device and type, and only where no gradient is wanted, so that moving, training
-  or loading the network can never leave a stale one behind.
+  for, and the detection backbone, whose windows are 7x7 in every stage and which fails on maps smaller than that. Here
+  a map of at most 7x7 is one window of its own size; a larger one is padded with zeros at the bottom and right,
+  unmasked as in both files, and cut into 7x7 windows. A bias table made for another window is resized (bicubic, as
+  Microsoft's loaders do). timm instead pads a small map to the window that the network was built for.
+* ``dense=True`` (and ``prepare_for_dense``) makes all tables 7x7, as in Microsoft's detection file.
+* Expanded biases are kept per shape, device and type, and only used where no gradient is wanted, so that moving,
+  training or loading the network can never leave a stale one behind.
 """
 
 from __future__ import annotations
@@ -26,74 +27,12 @@ from torch import Tensor, nn
 
 from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
 from effvit.backbones._efficientvit_fused import FusedBlock, FusedDownsample, FusedStem
+from effvit.backbones._layers import ConvNorm, NormLinear, Residual, SqueezeExcite
 from effvit.backbones._registry import register
 from effvit.backbones._windows import AttentionBias, cut, merge, resize_bias_table
 
 WINDOW = 7
 KEY_DIM = 16
-
-
-class ConvNorm(nn.Module):
-    """Convolution without bias, then BatchNorm; "same" padding.
-
-    Args:
-        in_channels: Channels in.
-        out_channels: Channels out.
-        kernel: Odd side of the kernel.
-        stride: Stride.
-        groups: Groups.
-        scale: Start of BatchNorm's weight; 0 makes a residual branch start as nothing.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1, scale: float = 1.0
-    ) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(out_channels)
-        nn.init.constant_(self.bn.weight, scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / stride), ceil(W / stride))``."""
-        out: Tensor = self.bn(self.conv(x))
-        return out
-
-    @torch.no_grad()
-    def fold(self) -> nn.Conv2d:
-        """One convolution with bias that equals this one in eval mode."""
-        conv, bn = self.conv, self.bn
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        # In double precision: the scale is a quotient that the whole network's error would inherit.
-        scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-        folded = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            (conv.kernel_size[0], conv.kernel_size[1]),
-            (conv.stride[0], conv.stride[1]),
-            (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2),
-            groups=conv.groups,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-        )
-        folded.weight.copy_(conv.weight.double() * scale[:, None, None, None])
-        assert folded.bias is not None
-        folded.bias.copy_(bn.bias.double() - bn.running_mean.double() * scale)
-        return folded
-
-
-class Residual(nn.Module):
-    """``x + m(x)``."""
-
-    def __init__(self, m: nn.Module) -> None:
-        super().__init__()
-        self.m = m
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape that `m` keeps."""
-        # Every branch ends in a BatchNorm, whose output nothing else holds and whose backward does not read it.
-        out: Tensor = self.m(x)
-        return out.add_(x)
 
 
 class FeedForward(nn.Module):
@@ -189,20 +128,6 @@ class Block(nn.Module):
         return out
 
 
-class SqueezeExcite(nn.Module):
-    """Channel gate (arXiv:1709.01507), reduction 4."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // 4, 1)
-        self.fc2 = nn.Conv2d(channels // 4, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to the same."""
-        gate: Tensor = self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu_())
-        return x * gate.sigmoid()
-
-
 class PatchMerging(nn.Module):
     """Halves the map in an inverted bottleneck with a channel gate."""
 
@@ -255,7 +180,7 @@ class Stage(nn.Module):
 
 
 class Stem(nn.Module):
-    """Four overlapping 3×3 convolutions of stride 2."""
+    """Four overlapping 3x3 convolutions of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -271,41 +196,6 @@ class Stem(nn.Module):
         x = self.conv3(x).relu_()
         out: Tensor = self.conv4(x)
         return out
-
-
-class NormLinear(nn.Module):
-    """BatchNorm and linear: the published classifier.
-
-    Args:
-        num_features: Length of the vectors.
-        num_classes: Number of logits.
-    """
-
-    def __init__(self, num_features: int, num_classes: int) -> None:
-        super().__init__()
-        self.bn: nn.Module = nn.BatchNorm1d(num_features)
-        self.linear = nn.Linear(num_features, num_classes)
-        nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """``(B, num_features)`` to ``(B, num_classes)``."""
-        logits: Tensor = self.linear(self.bn(features))
-        return logits
-
-    @torch.no_grad()
-    def fuse(self) -> None:
-        """Folds the BatchNorm into the linear, in place."""
-        bn, linear = self.bn, self.linear
-        if not isinstance(bn, nn.BatchNorm1d):
-            return
-        assert bn.running_mean is not None
-        assert bn.running_var is not None
-        weight, scale = linear.weight.double(), bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-        linear.bias.copy_(linear.bias + weight @ (bn.bias - bn.running_mean * scale))
-        linear.weight.copy_(weight * scale)
-        self.bn = nn.Identity()
-        self.requires_grad_(requires_grad=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,8 +223,8 @@ class EfficientViT(Backbone):
 
     Args:
         variant: Its row of the table.
-        dense: Make every bias table 7×7, as in the official detection file. By default they are as in the published
-            classifier: 7×7, 7×7 and, for the third stage, 4×4.
+        dense: Make every bias table 7x7, as in the official detection file. By default they are as in the published
+            classifier: 7x7, 7x7 and, for the third stage, 4x4.
     """
 
     def __init__(self, variant: EfficientViTVariant, *, dense: bool = False) -> None:
@@ -368,7 +258,8 @@ class EfficientViT(Backbone):
 
     def embed(self, images: Tensor) -> Tensor:
         """The third stage's mean over the map, ``(B, num_features)``."""
-        return self(images)["c6"].mean((2, 3))
+        maps: dict[str, Tensor] = self(images)
+        return maps["c6"].mean((2, 3))
 
     def make_classifier(self, num_classes: int) -> NormLinear:
         """BatchNorm and linear."""
@@ -393,7 +284,7 @@ class EfficientViT(Backbone):
         return first + int(block) + (stage > 0)
 
     def prepare_for_dense(self) -> None:
-        """Resizes the third stage's bias tables from 4×4 to 7×7, as the official detection code does at load."""
+        """Resizes the third stage's bias tables from 4x4 to 7x7, as the official detection code does at load."""
         for module in self.modules():
             if isinstance(module, CascadedGroupAttention):
                 table = module.attention_biases

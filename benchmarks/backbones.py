@@ -1,0 +1,141 @@
+"""Our backbones against timm's, with the same weights and equal outputs: ``python benchmarks/backbones.py --help``."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import timm
+import torch
+from _ruler import Measurement, environment, measure, peak_memory, to_markdown
+from torch import Tensor, nn
+
+from effvit.backbones import create_classifier, list_backbones
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TOLERANCE = 1e-4
+TIMM, OURS, TIMM_FUSED, FUSED = "timm eager", "ours", "timm fused cl", "ours fused cl"
+
+
+def networks(name: str, variants: tuple[str, ...] = (TIMM, OURS, TIMM_FUSED, FUSED)) -> dict[str, nn.Module]:
+    """The named forms of one network, same random weights in all."""
+    torch.manual_seed(0)
+    peer = timm.create_model(name).eval()
+    for buffer_name, buffer in peer.named_buffers():  # so that folding BatchNorm has something to fold
+        if buffer_name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+        elif buffer_name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    for parameter_name, parameter in peer.named_parameters():
+        if "bn.weight" in parameter_name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    ours = create_classifier(name).eval()
+    ours.backbone.load_state_dict(
+        {key: value for key, value in peer.state_dict().items() if not key.startswith("head")}
+    )
+    ours.head.load_state_dict(peer.head.state_dict())
+    make: dict[str, Callable[[], nn.Module]] = {
+        TIMM: lambda: peer,
+        OURS: lambda: ours,
+        TIMM_FUSED: lambda: timm.utils.reparameterize_model(copy.deepcopy(peer)).to(memory_format=torch.channels_last),
+        FUSED: lambda: copy.deepcopy(ours).fuse(),
+    }
+    return {variant: make[variant]() for variant in variants}
+
+
+def maps(model: nn.Module) -> nn.Module:
+    """The part of a classifier that a detector runs."""
+    return model.backbone if hasattr(model, "backbone") else _Trunk(model)
+
+
+class _Trunk(nn.Module):
+    """timm's feature maps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features: list[Tensor] = self.model.forward_intermediates(images, intermediates_only=True)
+        return features
+
+
+def images_for(variant: str, batch: int, size: tuple[int, int]) -> Tensor:
+    """Random images in the memory format that the variant is meant to be fed."""
+    images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+    return images.contiguous(memory_format=torch.channels_last) if variant.endswith("cl") else images
+
+
+def check_equal(models: dict[str, nn.Module]) -> None:
+    """Stops the benchmark unless all forms give the same logits."""
+    images = images_for(TIMM, 2, (224, 224))
+    expected = models[TIMM](images)
+    for variant, model in models.items():
+        error = ((model(images) - expected).abs().max() / expected.abs().max()).item()
+        if error > TOLERANCE:
+            raise SystemExit(f"{variant} differs from timm by {error:.1e} of the largest logit")
+
+
+def classify(name: str, batch: int, rounds: int) -> Measurement:
+    """Logits of 224x224 images."""
+    models = networks(name)
+    check_equal(models)
+    calls = {variant: _call(model, images_for(variant, batch, (224, 224))) for variant, model in models.items()}
+    return measure(f"{name}, batch {batch}", calls, items=batch, rounds=rounds)
+
+
+def detect(name: str, size: tuple[int, int], rounds: int) -> Measurement:
+    """Feature maps of one image of detection size."""
+    calls = {variant: _call(maps(model), images_for(variant, 1, size)) for variant, model in networks(name).items()}
+    return measure(f"{name}, {size[0]}x{size[1]}", calls, rounds=rounds)
+
+
+def _call(model: nn.Module, images: Tensor) -> Callable[[], object]:
+    return lambda: model(images)
+
+
+def make_detect(name: str, variant: str, size: tuple[int, int]) -> Callable[[], object]:
+    """For ``peak_memory``: builds only what the variant needs."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    model = maps(networks(name, (variant,))[variant])
+    images = images_for(variant, 1, size)
+    gc.collect()
+    return _call(model, images)
+
+
+def main() -> None:
+    """Measures and prints Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="*", default=list_backbones("efficientvit_*"))
+    parser.add_argument("--batch", nargs="*", type=int, default=[16, 1])
+    parser.add_argument("--detection", nargs="*", default=["efficientvit_m4"], help="measured at --size too")
+    parser.add_argument("--size", nargs=2, type=int, default=(800, 1216), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="also write the measurements there, one JSON object a line")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    size = (arguments.size[0], arguments.size[1])
+    print(", ".join(f"{key} {value}" for key, value in environment().items()), flush=True)
+    measurements: list[Measurement] = []
+    for batch in arguments.batch:
+        measurements += [classify(name, batch, arguments.rounds) for name in arguments.models]
+    measurements += [detect(name, size, arguments.rounds) for name in arguments.detection]
+    if measurements:
+        print(to_markdown(measurements))
+    for name in arguments.detection:
+        for variant in (TIMM, OURS, TIMM_FUSED, FUSED):
+            peak = peak_memory(make_detect, name, variant, size)
+            print(f"peak memory, {name} at {size[0]}x{size[1]}, {variant}: {peak:.0f} MB", flush=True)
+    if arguments.json:
+        arguments.json.write_text("".join(f"{m.to_json()}\n" for m in measurements), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
