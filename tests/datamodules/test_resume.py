@@ -56,7 +56,7 @@ def make_data(root: Path, num_workers: int) -> CocoDetection:
     )
 
 
-def train(root: Path, out: Path, workers: int, ckpt: Path | None = None, stop_at: int | None = None, **limits: int) -> Any:
+def train(root: Path, out: Path, workers: int, ckpt: Path | None = None, stop_at: int | None = None, **limits: int):
     model = Recorder(stop_at)
     trainer = Trainer(
         accelerator="cpu",
