@@ -1,0 +1,177 @@
+"""From the words of a command line to a run: which configs, which checkpoint, which folder."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from effvit._cli.allocator import tune_allocator
+from effvit._cli.shipped import find_config
+from effvit.errors import ConfigError
+
+#: Where the first process of a distributed run tells the others its run folder.
+_RUN_DIR_VARIABLE = "EFFVIT_RUN_DIR"
+_SIGTERM_STATUS = 128 + 15
+#: How a data module turns files into network inputs; a checkpoint keeps them, prediction on other images needs them.
+INPUT_SETTINGS = ("image_size", "pad_divisor")
+
+OWN_OPTIONS = """\
+effvit's own options, beside those below:
+  -c NAME            a config file, or the name of a shipped one; may repeat, later ones win
+  --run_dir DIR      folder of the run (default: runs/NAME, numbered if it exists)
+  --allocator CHOICE tuned (default): keep freed memory in the process on Linux, 1.2-1.6 times as fast; or default
+  --resume FILE      fit: go on from runs/NAME/last.ckpt, with the settings saved in it
+  --checkpoint FILE  validate, test: rebuild data and network from a checkpoint
+"""
+
+
+@dataclass
+class Run:
+    """One command of the Trainer, understood.
+
+    Attributes:
+        verb: ``fit``, ``validate``, ``test`` or ``predict``.
+        arguments: What LightningCLI is to parse, configs first.
+        directory: Folder of the run.
+        allocator: What the memory allocator was set to.
+        checkpoint: Content of the checkpoint to rebuild from or to resume.
+        checkpoint_path: Its file.
+    """
+
+    verb: str
+    arguments: list[str]
+    directory: Path
+    allocator: str
+    checkpoint: dict[str, Any] | None = None
+    checkpoint_path: Path | None = None
+    callbacks: list[Any] = field(default_factory=list)
+
+
+def launch(verb: str, words: Sequence[str]) -> int:
+    """Runs ``effvit fit``, ``validate`` or ``test``.
+
+    Args:
+        verb: The Trainer's method.
+        words: What follows the verb on the command line.
+
+    Returns:
+        Exit status.
+    """
+    own, rest = _own_options(verb).parse_known_args(list(words))
+    allocator = tune_allocator(own.allocator)
+    source: str | None = getattr(own, "checkpoint", None) or getattr(own, "resume", None)
+    configs = [find_config(name) for name in own.config]
+    if not configs and source is None and not {"-h", "--help"} & set(rest):
+        flag = "--resume" if verb == "fit" else "--checkpoint"
+        raise ConfigError(f"`effvit {verb}` needs -c NAME or {flag} FILE; `effvit configs` lists the shipped configs.")
+    run = Run(verb, rest, Path(), allocator)
+    with _stored_settings(run, source) as stored:
+        given = [word for path in [*stored, *configs] for word in ("--config", str(path))]
+        run.arguments = [*given, *rest]
+        run.directory = _run_directory(verb, own.run_dir, configs, run.checkpoint_path)
+        return start(run)
+
+
+def start(run: Run) -> int:
+    """Builds everything and runs the Trainer.
+
+    Returns:
+        Exit status: 143 after SIGTERM, as a shell would give it.
+    """
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from effvit._cli.lightning import EffvitCLI
+
+    try:
+        EffvitCLI(run)
+    except SIGTERMException:
+        logging.getLogger("effvit").warning(
+            "stopped by SIGTERM; go on with: effvit fit --resume %s", run.directory / "last.ckpt"
+        )
+        return _SIGTERM_STATUS
+    return 0
+
+
+def _own_options(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"effvit {verb}", add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument("--run_dir")
+    parser.add_argument("--allocator", choices=("tuned", "default"), default="tuned")
+    parser.add_argument("--resume" if verb == "fit" else "--checkpoint")
+    return parser
+
+
+def _stored_settings(run: Run, source: str | None) -> AbstractContextManager[list[Path]]:
+    """The configuration inside a checkpoint, as a file for the parser."""
+    if source is None:
+        return nullcontext([])
+    from effvit.tasks import read_checkpoint
+
+    path = Path(source)
+    if path.is_dir():
+        path = path / ("last.ckpt" if run.verb == "fit" else "best.ckpt")
+    run.checkpoint = read_checkpoint(path)
+    run.checkpoint_path = path
+    return TemporaryConfig(stored_config(run.checkpoint, path))
+
+
+def stored_config(checkpoint: dict[str, Any], path: Path) -> str:
+    """The configuration that a checkpoint carries, as YAML text.
+
+    Raises:
+        ConfigError: It carries none.
+    """
+    config = checkpoint.get("effvit", {}).get("config")
+    if not isinstance(config, str):
+        raise ConfigError(
+            f"{path} was not written by an effvit command: it carries no configuration. "
+            "Give one with -c and pass the weights as --model.checkpoint."
+        )
+    return config
+
+
+class TemporaryConfig:
+    """A YAML file that lives as long as the run."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __enter__(self) -> list[Path]:
+        self._folder = tempfile.TemporaryDirectory(prefix="effvit-")
+        path = Path(self._folder.name) / "config.yaml"
+        path.write_text(self._text, encoding="utf-8")
+        return [path]
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+
+def _run_directory(verb: str, asked: str | None, configs: list[Path], checkpoint: Path | None) -> Path:
+    """Where a run writes; the processes that a distributed run starts are told by the first one."""
+    told = os.environ.get(_RUN_DIR_VARIABLE)
+    if told and "LOCAL_RANK" in os.environ:
+        return Path(told)
+    if asked:
+        directory = Path(asked)
+    elif checkpoint is not None:
+        directory = checkpoint.parent if verb == "fit" else checkpoint.parent / verb
+    else:
+        directory = _unused(Path("runs") / (configs[-1].stem if configs else verb))
+    os.environ[_RUN_DIR_VARIABLE] = str(directory)
+    return directory
+
+
+def _unused(directory: Path) -> Path:
+    """``directory``, or the first of ``directory-2``, ``directory-3``, … that does not exist."""
+    number, candidate = 1, directory
+    while candidate.exists():
+        number += 1
+        candidate = directory.with_name(f"{directory.name}-{number}")
+    return candidate

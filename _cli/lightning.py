@@ -1,0 +1,229 @@
+"""LightningCLI with our parts in it: the run folder, what a run leaves, and checkpoints that rebuild a run."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from effvit import __version__
+from effvit._cli.launch import INPUT_SETTINGS, OWN_OPTIONS, Run
+from effvit._cli.parser import Parser
+from effvit.callbacks import EMA, Progress, RunCheckpoint, RunReport
+from effvit.categories import Categories
+from effvit.datamodules import CocoDetection, HandwrittenDigits, ImageFiles
+from effvit.errors import CheckpointError
+from effvit.tasks import Task
+
+log = logging.getLogger("effvit")
+
+# What these say is meant: fixed BatchNorm statistics are the recipe, and few batches are a small data set.
+_EXPECTED_WARNINGS = (
+    r"Found \d+ module\(s\) in eval mode",
+    r"The number of training batches .* is smaller than the logging interval",
+    r".*does not have many workers",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+)
+
+# A configuration may name these without their module, since jsonargparse looks through the classes imported so far.
+_NAMED = (CocoDetection, HandwrittenDigits, ImageFiles)
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the resolved configuration into the run folder, and into every checkpoint so that it rebuilds the run."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any) -> None:
+        super().__init__(parser, config, overwrite=True, save_to_log_dir=False)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002 - Lightning's signature
+        """Writes ``config.yaml``."""
+        directory = Path(trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(self._text(), encoding="utf-8")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002 - Lightning's signature
+        """Adds the configuration as text."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        checkpoint["effvit"] = {
+            "version": __version__,
+            "config": self._text(),
+            "inputs": {name: getattr(data, name) for name in INPUT_SETTINGS if hasattr(data, name)},
+        }
+
+    def _text(self) -> str:
+        return str(self.parser.dump(self.config, skip_none=False, format="yaml"))
+
+
+class EffvitCLI(LightningCLI):
+    """Parses, builds and runs one verb of the Trainer.
+
+    Args:
+        run: The command, understood.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        _quieten()
+        super().__init__(
+            Task,
+            LightningDataModule,
+            save_config_callback=RunConfig,
+            trainer_defaults={
+                "max_epochs": 12,
+                "log_every_n_steps": 10,
+                "use_distributed_sampler": False,  # our samplers know their rank, and resume within an epoch
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 1,
+            },
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"allow_abbrev": False, "prog": "effvit"}
+            | {verb: {"allow_abbrev": False, "description": OWN_OPTIONS} for verb in self.subcommands()},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            args=[run.verb, *run.arguments],
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verbs, and the arguments of the Trainer's methods that effvit fills in itself."""
+        own = {"model", "datamodule", "ckpt_path", "weights_only"}
+        return {
+            "fit": {*own, "train_dataloaders", "val_dataloaders"},
+            "validate": {*own, "dataloaders", "verbose"},
+            "test": {*own, "dataloaders", "verbose"},
+            "predict": {*own, "dataloaders", "return_predictions"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what a run has beside trainer, model and data, and lets the classes follow from the data."""
+        parser.add_argument(
+            "--ema_decay",
+            type=float | None,
+            default=None,
+            help="Average the weights with this decay, in (0, 1), and evaluate the average; null for none.",
+        )
+        parser.add_argument(
+            "--save_every_n_steps", type=int, default=200, help="Write last.ckpt every so many optimizer steps."
+        )
+        parser.link_arguments("data", "model.init_args.categories", compute_fn=self._categories, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses without LightningCLI's warning about ``sys.argv``, from which ``args`` was made."""
+        self.config = parser.parse_args(args)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer with the run folder, the loggers and the callbacks of effvit."""
+        self.run.directory.mkdir(parents=True, exist_ok=True)
+        _log_to(self.run.directory)
+        self._report_environment()
+        self.trainer_defaults["callbacks"] = [*self._callbacks(), *self.run.callbacks]
+        chosen = self._get(self.config_init, "trainer")["logger"]
+        logger = self._loggers() if chosen in (None, True) else chosen
+        return super().instantiate_trainer(default_root_dir=str(self.run.directory), logger=logger, **kwargs)
+
+    def after_fit(self) -> None:
+        """Evaluates the final weights where training stopped between two validations (``max_steps``, ``max_time``)."""
+        dry_run = self._get(self.config_init, "trainer")["fast_dev_run"]
+        if self.model.result is None and not dry_run and self.trainer.limit_val_batches:
+            self.trainer.validate(self.model, self.datamodule, verbose=False)
+
+    def after_instantiate_classes(self) -> None:
+        """Loads the weights to evaluate; `fit` leaves that to the Trainer, which restores the optimizer too."""
+        if self.run.checkpoint is not None and self.subcommand != "fit":
+            self.model.load_weights(self.run.checkpoint["state_dict"], str(self.run.checkpoint_path))
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit" and self.run.checkpoint_path is not None:
+            arguments |= {"ckpt_path": str(self.run.checkpoint_path), "weights_only": True}
+        if subcommand in {"validate", "test"}:
+            arguments["verbose"] = False  # RunReport prints the table
+        if subcommand == "predict":
+            arguments["return_predictions"] = False
+        return dict(arguments)
+
+    def _callbacks(self) -> list[Callback]:
+        """What every run brings; `fit` also saves checkpoints and averages weights."""
+        callbacks: list[Callback] = [Progress()]
+        if self.subcommand == "fit":
+            decay = self._get(self.config_init, "ema_decay")
+            callbacks += [EMA(decay)] if decay else []
+            callbacks += [LearningRateMonitor("step"), RunCheckpoint(self._get(self.config_init, "save_every_n_steps"))]
+        if self.subcommand != "predict":
+            callbacks += [RunReport()]
+        return callbacks
+
+    def _loggers(self) -> list[Logger] | bool:
+        """CSV and TensorBoard under ``logs/``; a resumed run gets a folder of its own there and deletes nothing."""
+        if self.subcommand != "fit":
+            return False
+        version = f"resumed_at_step_{self.run.checkpoint['global_step']}" if self.run.checkpoint else ""
+        root = self.run.directory
+        return [CSVLogger(root, "logs", version), TensorBoardLogger(root, "logs", version)]
+
+    def _categories(self, data: LightningDataModule) -> dict[int, str]:
+        """Classes of the run: those of the checkpoint where there is one, otherwise those of the data."""
+        stored = (self.run.checkpoint or {}).get("hyper_parameters", {}).get("categories")
+        declared: dict[int, str] | None = getattr(data, "categories", None)
+        if stored is None:
+            return declared or {}
+        if declared is not None and not declared.items() <= stored.items():
+            raise CheckpointError(_explain_classes(str(self.run.checkpoint_path), stored, declared))
+        return dict(stored)
+
+    @rank_zero_only
+    def _report_environment(self) -> None:
+        log.info(
+            "effvit %s, torch %s, lightning %s, Python %s",
+            __version__,
+            torch.__version__,
+            lightning.__version__,
+            platform.python_version(),
+        )
+        log.info("allocator: %s", self.run.allocator)
+        log.info("run folder: %s", self.run.directory)
+
+
+def _quieten() -> None:
+    """Keeps Lightning's advertisements, and its warnings about what is meant, out of the log."""
+    for pattern in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", pattern)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: "💡" not in record.getMessage())
+
+
+def _explain_classes(path: str, stored: dict[int, str], declared: dict[int, str]) -> str:
+    odd = [f"{number}: {name}" for number, name in declared.items() if stored.get(number) != name]
+    return (
+        f"{path} was trained on {len(stored)} classes, {Categories(stored).to_dict()}; the data declares "
+        f"{len(declared)}, of which these differ: {', '.join(odd[:10])}. Evaluate it on data with the classes it knows, "
+        "or train on this data with --model.pretrained."
+    )
+
+
+@rank_zero_only
+def _log_to(directory: Path) -> None:
+    """Sends effvit's log to the terminal and to ``log.txt`` in the run folder."""
+    logger = logging.getLogger("effvit")
+    logger.setLevel(logging.INFO)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+    to_file = logging.FileHandler(directory / "log.txt", encoding="utf-8")
+    to_file.setFormatter(form)
+    logger.addHandler(to_file)
+    to_terminal = logging.StreamHandler()
+    to_terminal.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(to_terminal)

@@ -1,0 +1,89 @@
+"""LightningCLI's parser with messages a person can act on: what was not understood, and what comes close."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from typing import NoReturn
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
+
+from effvit.errors import ConfigError
+
+# What jsonargparse prints around the reason: the types it tried, and the value once more.
+_NOISE = re.compile(
+    r"^\s*(-?\s*Expected a <class 'NoneType'>|Does not validate against any|- Does not validate against any|Subtypes:|"
+    r"Errors:|Given value|- Expected a path but .* not accessible or invalid)"
+)
+
+
+class Parser(LightningArgumentParser):
+    """Raises a `ConfigError` with close matches where LightningCLI prints its usage over a hundred lines."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Explains one mistake on the command line or in a configuration.
+
+        Raises:
+            ConfigError: Always.
+        """
+        lines = [line for line in message.splitlines() if line.strip() and not _NOISE.match(line)]
+        reason = "\n".join(lines).strip()
+        raise ConfigError(f"{reason}\n{self._hint(message)}`{self.prog} --help` lists every option.") from ex
+
+    def _hint(self, message: str) -> str:
+        """``Did you mean ...?`` where a name in the message is close to one that exists."""
+        if unknown := re.search(r"unrecognized arguments: (--[^\s=]+)", message, re.IGNORECASE):
+            return _did_you_mean(unknown[1], self._option_strings())
+        if option := re.search(r"Option '([^']+)' is not accepted", message):
+            owner = re.findall(r"class_path '([^']+)'", message)
+            choices = _init_arguments(owner[-1]) if owner else self._destinations()
+            return _did_you_mean(option[1], choices)
+        if name := re.search(
+            r"(?:Expected a dot import path string: |Unable to import |Problem with given class_path )(\S+)", message
+        ):
+            return _did_you_mean(name[1].strip("'\""), _class_names())
+        return ""
+
+    def _option_strings(self) -> set[str]:
+        """Every option of this parser, and those of the classes behind ``--model`` and ``--data``."""
+        options = {option for action in self._actions for option in action.option_strings}
+        for prefix, base in (("--model.", LightningModule), ("--data.", LightningDataModule)):
+            for kind in _ours(base):
+                options |= {prefix + name for name in inspect.signature(kind).parameters}
+        return options
+
+    def _destinations(self) -> set[str]:
+        return {option.removeprefix("--").split(".")[0] for option in self._option_strings()} | {
+            option.removeprefix("--") for option in self._option_strings()
+        }
+
+
+def _did_you_mean(name: str, choices: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(choices), n=3, cutoff=0.6)
+    return f"Did you mean {' or '.join(repr(choice) for choice in near)}?\n" if near else ""
+
+
+def _init_arguments(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    return list(inspect.signature(getattr(import_module(module), name)).parameters)
+
+
+def _ours(base: type) -> Iterator[type]:
+    """Subclasses of ``base`` that effvit brings."""
+    for kind in base.__subclasses__():
+        if kind.__module__.startswith("effvit."):
+            yield kind
+        yield from _ours(kind)
+
+
+def _class_names() -> set[str]:
+    """Names that a ``class_path`` may give without its module: ours, and torch's optimizers and schedules."""
+    ours = {kind.__name__ for base in (LightningModule, LightningDataModule, Callback) for kind in _ours(base)}
+    optimizers = {kind.__name__ for kind in torch.optim.Optimizer.__subclasses__()}
+    schedules = {kind.__name__ for kind in torch.optim.lr_scheduler.LRScheduler.__subclasses__()}
+    return ours | optimizers | schedules

@@ -1,0 +1,110 @@
+"""The command ``effvit``: picks the verb, and imports only what the verb needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from effvit.errors import ConfigError, EffvitError, close_matches
+
+_HELP = """\
+usage: effvit VERB [options]        effvit VERB --help
+
+Train, evaluate and use efficient vision transformers on your own images.
+
+  fit         train                     effvit fit -c detection/digits
+  validate    evaluate on validation    effvit validate --checkpoint runs/digits/best.ckpt
+  test        evaluate on test images   effvit test --checkpoint runs/digits/best.ckpt
+  predict     detect in any images      effvit predict --checkpoint runs/digits/best.ckpt --images folder/
+
+  backbones   list the networks         effvit backbones 'efficientvit_*'
+  configs     list shipped configs      effvit configs
+  check-data  find faults in a data set effvit check-data my_data/
+
+-c takes a path or the name of a shipped config, and may repeat: later ones win, and options win over all of them.
+Every setting can be given on the command line, for example --model.backbone efficientvit_m0 --trainer.max_epochs 50.
+
+  --version   print the version
+"""
+
+
+def _train(verb: str) -> Callable[[list[str]], int]:
+    def run(arguments: list[str]) -> int:
+        from effvit._cli.launch import launch
+
+        return launch(verb, arguments)
+
+    return run
+
+
+def _predict(arguments: list[str]) -> int:
+    from effvit._cli.predict import predict
+
+    return predict(arguments)
+
+
+def _backbones(arguments: list[str]) -> int:
+    from effvit._cli.lists import print_backbones
+
+    return print_backbones(arguments)
+
+
+def _configs(arguments: list[str]) -> int:
+    from effvit._cli.lists import print_configs
+
+    return print_configs(arguments)
+
+
+def _check_data(arguments: list[str]) -> int:
+    from effvit._cli.check_data import check_data
+
+    return check_data(arguments)
+
+
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    "fit": _train("fit"),
+    "validate": _train("validate"),
+    "test": _train("test"),
+    "predict": _predict,
+    "backbones": _backbones,
+    "configs": _configs,
+    "check-data": _check_data,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits with its status.
+
+    Args:
+        arguments: What follows ``effvit`` on the command line; taken from there by default.
+
+    Raises:
+        SystemExit: Always: 0 if all went well, 1 if the command failed, 2 if it was not understood.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in {"-h", "--help", "help"}:
+        print(_HELP, end="")
+        raise SystemExit(0)
+    if words[0] == "--version":
+        from effvit import __version__
+
+        print(f"effvit {__version__}")
+        raise SystemExit(0)
+    try:
+        raise SystemExit(_verb(words[0])(words[1:]))
+    except ConfigError as error:
+        print(f"effvit: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except EffvitError as error:
+        print(f"effvit: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _verb(name: str) -> Callable[[list[str]], int]:
+    if name not in _VERBS:
+        raise ConfigError(f"there is no verb {name!r}. {close_matches(name, _VERBS)} `effvit --help` explains them.")
+    return _VERBS[name]
+
+
+if __name__ == "__main__":
+    main()
