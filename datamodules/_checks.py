@@ -83,12 +83,13 @@ def read_coco(path: Path) -> dict[str, Any]:
     return data
 
 
-def find_faults(data: dict[str, Any], folder: Path | None = None) -> list[Fault]:
+def find_faults(data: dict[str, Any], folder: Path | None = None, *, masks: bool = True) -> list[Fault]:
     """Every fault of images and annotations that shows without opening an image.
 
     Args:
         data: A COCO dictionary with the right top level.
         folder: Image folder, to look for missing files; None to leave that out.
+        masks: Check segmentations too.
 
     Raises:
         DatasetError: The list of categories itself is unusable.
@@ -101,6 +102,8 @@ def find_faults(data: dict[str, Any], folder: Path | None = None) -> list[Fault]
     declared = set(categories.ids)
     for position, annotation in enumerate(data["annotations"]):
         faults += _annotation_faults(annotation, position, images, declared, seen)
+        if masks:
+            faults += _mask_faults(annotation, position, images)
     return faults
 
 
@@ -172,6 +175,49 @@ def _annotation_faults(
     if box_fault is not None:
         found.append(box_fault)
     return [Fault(kind, message, **where) for kind, message in found]
+
+
+def _mask_faults(annotation: dict[str, Any], position: int, images: dict[Any, dict[str, Any]]) -> list[Fault]:
+    image = images.get(annotation.get("image_id")) if _is_int(annotation.get("image_id")) else None
+    message = _segmentation_fault(annotation.get("segmentation"), image)
+    if message is None:
+        return []
+    return [
+        Fault(
+            "bad-segmentation",
+            message,
+            image_id=annotation["image_id"] if image else None,
+            annotation_id=annotation.get("id"),
+            file=image["file_name"] if image else None,
+            position=position,
+        )
+    ]
+
+
+def _segmentation_fault(segmentation: Any, image: dict[str, Any] | None) -> str | None:
+    if not segmentation:  # a data set of boxes
+        return None
+    if isinstance(segmentation, dict):
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if not isinstance(counts, str | list) or not isinstance(size, list):
+            return f"a run-length segmentation needs 'size' and 'counts', it has {_short(sorted(segmentation))}"
+        if image is not None and size != [image.get("height"), image.get("width")]:
+            return f"segmentation of size {size} on an image of {[image.get('height'), image.get('width')]} (h, w)"
+        return None
+    if not isinstance(segmentation, list) or not all(_is_polygon(part) for part in segmentation):
+        return (
+            f"segmentation must be polygons of at least 3 points [x, y, …] or run lengths, found {_short(segmentation)}"
+        )
+    return None
+
+
+def _is_polygon(part: Any) -> bool:
+    return (
+        isinstance(part, list)
+        and len(part) >= 6
+        and len(part) % 2 == 0
+        and all(_is_number(value) and math.isfinite(value) for value in part)
+    )
 
 
 def _box_fault(box: Any, image: dict[str, Any] | None) -> tuple[str, str] | None:

@@ -244,7 +244,7 @@ class CocoDetection(LightningDataModule):
         for split in splits:
             files = self._locate(split)
             data = read_coco(files.annotations)
-            faults = find_faults(data, files.images)
+            faults = find_faults(data, files.images, masks=self.masks)
             if faults and self.faults != "error":
                 data, counts = apply_policy(data, faults, self.faults)
                 _log.warning("%s: faults handled by policy %r: %s", files.annotations, self.faults, counts)
@@ -273,7 +273,10 @@ class CocoDetection(LightningDataModule):
 
 
 def _fault_report(found: dict[Path, list[Fault]]) -> str:
-    parts = [f"{len(faults)} fault(s) in {path}:\n{fault_table(faults)}" for path, faults in found.items()]
+    parts = [
+        f"{len(faults)} {'fault' if len(faults) == 1 else 'faults'} in {path}:\n{fault_table(faults)}"
+        for path, faults in found.items()
+    ]
     return (
         "\n".join(parts)
         + "\nCorrect the data, or pass `--data.faults skip` to leave these out"

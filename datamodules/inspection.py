@@ -88,7 +88,8 @@ class DatasetReport:
         if self.ok:
             return [f"no faults{scope}"]
         kinds = Counter(fault.kind for fault in self.faults).most_common()
-        lines = [f"{len(self.faults)} faults{scope}: " + ", ".join(f"{kind} {number}" for kind, number in kinds)]
+        number = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        lines = [f"{number}{scope}: " + ", ".join(f"{kind} {number}" for kind, number in kinds)]
         for image_id, faults in self.faults_by_image().items():
             lines.append(f"  image {image_id}" if image_id is not None else "  no image")
             lines += [f"    {fault}" for fault in faults]

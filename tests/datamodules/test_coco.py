@@ -26,7 +26,11 @@ def load(root, stage="fit", **options):
 
 
 def samples(loader):
-    return {target["image_id"]: (image, target) for images, targets in loader for image, target in zip(images, targets)}
+    return {
+        target["image_id"]: (image, target)
+        for images, targets in loader
+        for image, target in zip(images, targets, strict=True)
+    }
 
 
 @pytest.mark.parametrize("ids", [{1: "a", 3: "b", 90: "c"}, {0: "a", 1: "b", 2: "c"}, {1: "a", 2: "b", 3: "c"}])
@@ -75,7 +79,7 @@ def test_images_without_objects(coco_root):
 def test_masks_are_pycocotools_masks(tmp_path, make_coco, save_coco):
     coco = make_coco([(7, 96, 64)], [(7, 3, (10.0, 20.0, 30.0, 16.0)), (7, 1, (50.0, 2.0, 20.0, 40.0))] * 2)
     runs = [[100, 20, 96 * 64 - 120], [0, 5, 96 * 64 - 5]]
-    for annotation, counts in zip(coco["annotations"][2:], runs):
+    for annotation, counts in zip(coco["annotations"][2:], runs, strict=True):
         annotation["segmentation"] = {"size": [64, 96], "counts": counts}
     save_coco(tmp_path, coco, "train")
     save_coco(tmp_path, coco, "val")

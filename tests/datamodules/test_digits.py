@@ -122,10 +122,10 @@ def test_batches(scenes):
     scenes.setup("fit")
     images, targets = next(iter(scenes.train_dataloader()))
     assert images.shape == (16, 3, 96, 96)
-    for image, target in zip(images, targets):
+    for image, target in zip(images, targets, strict=True):
         assert target["size"] == target["original_size"] == (96, 96)
         assert target["masks"].shape == (len(target["labels"]), 96, 96)
-        for box, mask in zip(target["boxes"], target["masks"]):
+        for box, mask in zip(target["boxes"], target["masks"], strict=True):
             x0, y0, x1, y1 = (int(value) for value in box)
             assert mask[y0:y1, x0:x1].sum() == mask.sum()
             # Ink stands out against the paper right around it.

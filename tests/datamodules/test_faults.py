@@ -145,6 +145,28 @@ def test_other_policies_leave_out_what_is_faulty(faulty, name, policy, caplog):
         assert [80.0, 10.0, 96.0, 20.0] in next(t["boxes"].tolist() for t in targets if t["image_id"] == 2)
 
 
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([[1, 2, 3, 4]], "must be polygons of at least 3 points"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "must be polygons"),
+        ([[1, 2, 3, 4, 5, math.nan]], "must be polygons"),
+        ("mask.png", "must be polygons"),
+        ({"counts": "abc"}, "needs 'size' and 'counts', it has"),
+        ({"size": [96, 64], "counts": [96 * 64]}, r"segmentation of size \[96, 64\] on an image of \[64, 96\]"),
+    ],
+)
+def test_bad_segmentation_matters_where_masks_are_loaded(faulty, segmentation, message):
+    root = str(faulty(lambda coco: coco["annotations"][1].update(segmentation=segmentation)))
+    with pytest.raises(DatasetError, match=rf"bad-segmentation\] image 2, annotation 2, .*{message}"):
+        CocoDetection(root, masks=True).setup("fit")
+    CocoDetection(root).setup("fit")
+    data = CocoDetection(root, masks=True, faults="skip", num_workers=0)
+    data.setup("fit")
+    targets = [target for _, batch in data.train_dataloader() for target in batch]
+    assert {target["image_id"]: len(target["masks"]) for target in targets} == {1: 1, 2: 1}
+
+
 def test_one_error_lists_the_faults_of_all_splits(faulty):
     def change(coco):
         set_box(10, 10, 0, 5)(coco)
