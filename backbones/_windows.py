@@ -34,7 +34,7 @@ def cut(grid: Tensor, window: int) -> Tensor:
         grid = F.pad(grid, (0, 0, 0, -width % window, 0, -height % window))
     rows, columns = grid.shape[1] // window, grid.shape[2] // window
     grid = grid.reshape(batch, rows, window, columns, window, channels).transpose(2, 3)
-    return grid.reshape(batch * rows * columns, window, window, channels)
+    return grid.reshape(batch * rows * columns, window, window, channels).contiguous()  # one row of windows: a view
 
 
 def merge(windows: Tensor, grid: Tensor, window: int) -> Tensor:

@@ -1,0 +1,141 @@
+"""The pyramid: official EfficientViTFPN, and MMDetection's FPN on an ordinary backbone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from effvit.backbones import Backbone, FeatureMap, FeaturePyramid, create_backbone
+from effvit.errors import ConfigError
+
+
+class Ordinary(Backbone):
+    """A ResNet-like stand-in: maps c2 to c5."""
+
+    def __init__(self):
+        super().__init__()
+        self.feature_maps = tuple(FeatureMap(f"c{n}", 4 * n, 2**n) for n in (2, 3, 4, 5))
+        self.convs = nn.ModuleList(nn.Conv2d(3, spec.channels, 1) for spec in self.feature_maps)
+
+    def forward(self, images):
+        maps = {}
+        for spec, conv in zip(self.feature_maps, self.convs, strict=True):
+            size = [-(-side // spec.stride) for side in images.shape[2:]]
+            maps[spec.level] = conv(F.adaptive_avg_pool2d(images, size))
+        return maps
+
+    def embed(self, images): ...
+    def make_classifier(self, num_classes): ...
+    def no_weight_decay(self): ...
+    def layer_of(self, parameter_name): ...
+    def fuse(self): ...
+    @classmethod
+    def convert_key(cls, key): ...
+
+
+def sizes(pyramid):
+    return {level: tuple(feature.shape[2:]) for level, feature in pyramid.items()}
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return create_backbone("efficientvit_m0").eval()
+
+
+def test_retinanet_levels_on_efficientvit(backbone):
+    pyramid = FeaturePyramid(backbone, out_channels=32)
+    assert (pyramid.levels, pyramid.strides) == (("p3", "p4", "p5", "p6", "p7"), (8, 16, 32, 64, 128))
+    with torch.no_grad():
+        features = pyramid(torch.randn(2, 3, 128, 256))
+    assert tuple(features) == pyramid.levels
+    assert sizes(features) == {"p3": (16, 32), "p4": (8, 16), "p5": (4, 8), "p6": (2, 4), "p7": (1, 2)}
+    assert {feature.shape[:2] for feature in features.values()} == {(2, 32)}
+
+
+def test_mask_rcnn_levels_need_two_transposed_convolutions(backbone):
+    pyramid = FeaturePyramid(backbone, ("p2", "p3", "p4", "p5", "p6"), out_channels=16)
+    assert list(pyramid.upsamplers) == ["p3", "p2"]
+    assert list(pyramid.downsamplers) == []
+    with torch.no_grad():
+        features = pyramid(torch.randn(1, 3, 64, 64))
+    assert tuple(features) == pyramid.levels
+    assert sizes(features) == {"p2": (16, 16), "p3": (8, 8), "p4": (4, 4), "p5": (2, 2), "p6": (1, 1)}
+
+
+def test_odd_sizes_follow_the_tensors(backbone):
+    with torch.no_grad():
+        features = FeaturePyramid(backbone, out_channels=16)(torch.randn(1, 3, 97, 355))
+    assert sizes(features) == {"p3": (14, 46), "p4": (7, 23), "p5": (4, 12), "p6": (2, 6), "p7": (1, 3)}
+
+
+def test_official_arithmetic_on_efficientvit(backbone):
+    pyramid = FeaturePyramid(backbone, out_channels=16)
+    images = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        for module in pyramid.modules():
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d) and module.bias is not None:
+                nn.init.normal_(module.bias)
+        maps = backbone(images)
+        inner = {n: pyramid.laterals[f"p{n}"](maps[f"c{n}"]) for n in (4, 5, 6)}
+        for n in (5, 4):
+            inner[n] = inner[n] + F.interpolate(inner[n + 1], size=inner[n].shape[2:], mode="nearest")
+        inner[3] = F.conv_transpose2d(inner[4], pyramid.upsamplers["p3"].weight, pyramid.upsamplers["p3"].bias, 2)
+        expected = {f"p{n}": pyramid.outputs[f"p{n}"](inner[n]) for n in (3, 4, 5, 6)}
+        expected["p7"] = pyramid.downsamplers["p7"](maps["c6"])
+        found = pyramid(images)
+    for level, feature in expected.items():
+        assert torch.equal(found[level], feature), level
+
+
+def test_ordinary_backbone_is_mmdetections_retinanet():
+    pyramid = FeaturePyramid(Ordinary(), out_channels=8)
+    assert list(pyramid.laterals) == ["p3", "p4", "p5"]
+    assert list(pyramid.upsamplers) == []
+    p6, p7 = pyramid.downsamplers["p6"], pyramid.downsamplers["p7"]
+    assert (p6.in_channels, p7.in_channels, p6.stride, p6.padding) == (20, 8, (2, 2), (1, 1))
+    images = torch.randn(1, 3, 100, 140)
+    with torch.no_grad():
+        features = pyramid(images)
+        expected = p6(pyramid.backbone(images)["c5"])
+        assert torch.equal(features["p6"], expected)
+        assert torch.equal(features["p7"], p7(expected))  # no ReLU between
+    assert sizes(features) == {"p3": (13, 18), "p4": (7, 9), "p5": (4, 5), "p6": (2, 3), "p7": (1, 2)}
+
+
+def test_all_levels_of_an_ordinary_backbone_need_nothing_extra():
+    pyramid = FeaturePyramid(Ordinary(), ("p2", "p3", "p4", "p5"), out_channels=8)
+    assert list(pyramid.laterals) == list(pyramid.outputs) == ["p2", "p3", "p4", "p5"]
+    assert len(pyramid.upsamplers) == len(pyramid.downsamplers) == 0
+
+
+def test_initialisation_is_mmdetections(backbone):
+    pyramid = FeaturePyramid(backbone)
+    lateral, transposed = pyramid.laterals["p6"], pyramid.upsamplers["p3"]
+    bound = (6 / (lateral.in_channels + lateral.out_channels)) ** 0.5  # Xavier-uniform
+    assert lateral.weight.abs().max() <= bound
+    assert lateral.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert transposed.weight.std().item() == pytest.approx((2 / (256 * 4)) ** 0.5, rel=0.05)  # Kaiming-normal, fan out
+    assert transposed.weight.abs().max() > 3 * transposed.weight.std()
+    for module in (*pyramid.laterals.values(), *pyramid.outputs.values(), transposed, pyramid.downsamplers["p7"]):
+        assert module.bias.abs().sum() == 0
+
+
+def test_pyramid_makes_the_backbone_dense():
+    backbone = create_backbone("efficientvit_m4")
+    FeaturePyramid(backbone)
+    tables = [p for n, p in backbone.named_parameters() if n.endswith("attention_biases")]
+    assert {table.shape[1] for table in tables} == {49}
+    assert all(table.requires_grad for table in tables)
+
+
+@pytest.mark.parametrize("levels", [(), ("c3",), ("p3", "p5"), ("p5", "p4"), ("p",)])
+def test_malformed_levels_are_refused(backbone, levels):
+    with pytest.raises(ConfigError, match="pyramid levels"):
+        FeaturePyramid(backbone, levels)
+
+
+def test_levels_that_the_backbone_cannot_anchor_are_refused(backbone):
+    with pytest.raises(ConfigError, match="c4, c5, c6"):
+        FeaturePyramid(backbone, ("p2", "p3"))
