@@ -18,6 +18,8 @@ from pycocotools import mask as mask_api
 if TYPE_CHECKING:
     from effvit.categories import Categories
 
+Mask = np.ndarray[Any, np.dtype[np.uint8]]
+
 # MMDetection's `CocoDataset` leaves out boxes thinner than one pixel.
 _MIN_SIDE = 1.0
 
@@ -98,34 +100,32 @@ class AnnotationTable:
     def _masks(self, begin: int, end: int, height: int, width: int) -> torch.Tensor | None:
         if self._segments is None:
             return None
-        out = torch.zeros((end - begin, height, width), dtype=torch.uint8)
-        for row, position in enumerate(range(begin, end)):
-            segmentation = json.loads(_slice(*self._segments, position))
-            out[row] = torch.from_numpy(decode_segmentation(segmentation, height, width))
-        return out
+        masks = np.zeros((end - begin, height, width), dtype=np.uint8)
+        for mask, position in zip(masks, range(begin, end), strict=True):
+            paint_segmentation(mask, json.loads(_slice(*self._segments, position)))
+        return torch.from_numpy(masks)
 
 
-def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A COCO segmentation as a mask, by pycocotools.
+def paint_segmentation(mask: Mask, segmentation: Any) -> None:
+    """Fills a COCO segmentation into an empty mask, with the pixels that pycocotools gives.
 
     Args:
-        segmentation: Polygons, or run lengths as list or as string; empty for no mask.
-        height: Height of the image in pixels.
-        width: Width of the image in pixels.
-
-    Returns:
-        uint8 ``(H, W)`` of 0 and 1.
+        mask: uint8 ``(H, W)`` of 0; receives 1 inside.
+        segmentation: Polygons, or run lengths as list or as string.
     """
-    if not segmentation:
-        return np.zeros((height, width), dtype=np.uint8)
+    height, width = mask.shape
     if isinstance(segmentation, list):
-        rle = mask_api.merge(mask_api.frPyObjects(segmentation, height, width))
+        # Decoding costs as much as there are pixels, so it ends below and to the right of the polygons. Moving them to
+        # the corner as well would save more, but shift how pycocotools rounds their edges.
+        corners = np.concatenate([np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation])
+        right, bottom = np.clip(np.ceil(corners.max(0)) + 2, 1, (width, height)).astype(int).tolist()
+        left, top = np.clip(np.floor(corners.min(0)) - 1, 0, (right - 1, bottom - 1)).astype(int).tolist()
+        part = mask_api.decode(mask_api.merge(mask_api.frPyObjects(segmentation, bottom, right)))
+        mask[top:bottom, left:right] = part[top:, left:]
     elif isinstance(segmentation["counts"], list):
-        rle = mask_api.frPyObjects(segmentation, height, width)
+        mask[:] = mask_api.decode(mask_api.frPyObjects(segmentation, height, width))
     else:
-        rle = {"size": segmentation["size"], "counts": segmentation["counts"].encode()}
-    decoded: np.ndarray[Any, np.dtype[np.uint8]] = mask_api.decode(rle)
-    return decoded
+        mask[:] = mask_api.decode({"size": segmentation["size"], "counts": segmentation["counts"].encode()})
 
 
 def _is_target(annotation: dict[str, Any]) -> bool:

@@ -10,10 +10,14 @@ import multiprocessing.reduction
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader
 
 from effvit.categories import Categories
+from effvit.datamodules._annotations import paint_segmentation
 from effvit.datamodules._samplers import EpochSampler, batched_by_shape
 from effvit.datamodules.coco import CocoDetection
 from effvit.errors import ConfigError, DatasetError
@@ -88,6 +92,18 @@ def test_masks_are_pycocotools_masks(tmp_path, make_coco, save_coco):
     expected = np.stack([reference.annToMask(annotation) for annotation in reference.loadAnns([1, 2, 3, 4])])
     assert target["masks"].dtype == torch.uint8
     assert (target["masks"].numpy() == expected).all()
+
+
+corner = st.tuples(st.floats(-20, 120), st.floats(-20, 90))
+
+
+@given(st.lists(st.lists(corner, min_size=3, max_size=8), min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_painted_polygons_have_pycocotools_pixels(polygons):
+    segmentation = [[value for point in polygon for value in point] for polygon in polygons]
+    painted = np.zeros((64, 96), dtype=np.uint8)
+    paint_segmentation(painted, segmentation)
+    assert (painted == mask_api.decode(mask_api.merge(mask_api.frPyObjects(segmentation, 64, 96)))).all()
 
 
 def test_ground_truth_is_what_pycocotools_loads(coco_root):
