@@ -26,7 +26,7 @@ class RunCheckpoint(ModelCheckpoint):
     """Keeps ``best.ckpt`` and ``last.ckpt`` in the run folder, such that a run can be killed at any moment and resumed.
 
     ``best.ckpt`` is the validation with the best ``monitor``; before the first validation there is none. ``last.ckpt``
-    is written every ``every_n_train_steps`` optimizer steps, after each validation, at the end of each epoch
+    is written every ``every_n_train_steps`` optimizer steps, before and after each validation, at the end of each epoch
     and when the process is told to stop (SIGTERM, as SLURM sends it). Files are written aside and renamed, hold tensors
     and plain data only, and are opened with ``weights_only=True``.
 
@@ -34,8 +34,8 @@ class RunCheckpoint(ModelCheckpoint):
     file, with the same losses as a run that was never stopped. That needs a training loader with ``state_dict`` and
     ``load_state_dict``, as those of `effvit.datamodules` have. Where Lightning 2.6.6 would not resume exactly, nothing
     is saved: in the middle of a step (an error, Ctrl+C), inside a validation (its metrics would miss the images
-    before the interruption), while gradients accumulate, and between the last batch and a validation that is due
-    (it would be skipped). The file of the last exact moment then stays.
+    before the interruption; it is repeated from its start) and while gradients accumulate. The file of the last exact
+    moment then stays.
 
     Args:
         every_n_train_steps: Optimizer steps from one ``last.ckpt`` to the next.
@@ -62,6 +62,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._chosen = (monitor, mode)
         self._restored_score: float | None = None
         self._restored_random: list[dict[str, Any]] | None = None
+        self._validation_due = False  # true while saving before a validation, and after resuming from there
 
     @property
     def state_key(self) -> str:
@@ -98,6 +99,8 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._last_global_step_saved = trainer.global_step  # there is nothing new to save yet
         self._restore_random(trainer)
+        if not self._validation_due:
+            self._restored_random = None
 
     def on_train_batch_end(
         self,
@@ -117,6 +120,18 @@ class RunCheckpoint(ModelCheckpoint):
         if not ends_epoch and not loop._should_check_val_fx(fetcher):  # noqa: SLF001
             self._save_last(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Saves ``last.ckpt`` before a validation, which may be long and is repeated if it is interrupted."""
+        if self._validation_due:
+            # Resumed here. The counters say so until they are reset, and would in this run's own checkpoints as well.
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.total.reset()
+            self._restore_random(trainer)  # once more: starting the validation loader may have drawn a number
+            self._validation_due, self._restored_random = False, None
+        elif not self._should_skip_saving_checkpoint(trainer) and not _accumulates(trainer):
+            self._validation_due = True
+            self._save_last(trainer)
+            self._validation_due = False
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Saves ``best.ckpt`` if this validation is the best so far, and ``last.ckpt``."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking or _is_dry_run(trainer):
@@ -126,7 +141,8 @@ class RunCheckpoint(ModelCheckpoint):
             if self.monitor not in candidates:
                 raise ConfigError(_no_metric(self.monitor, candidates))
             self._save_monitor_checkpoint(trainer, candidates)
-        self._save_last(trainer)
+        if not _accumulates(trainer):
+            self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Saves ``last.ckpt`` unless a validation has just done so."""
@@ -143,9 +159,8 @@ class RunCheckpoint(ModelCheckpoint):
         if self._should_skip_saving_checkpoint(trainer):
             return
         cause = type(exception).__name__
-        loop = trainer.fit_loop.epoch_loop
-        progress = loop.batch_progress.current
-        between = progress.ready == progress.completed and trainer.training and not loop._should_accumulate()  # noqa: SLF001
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        between = progress.ready == progress.completed and trainer.training and not _accumulates(trainer)
         # With several processes only SIGTERM is known to reach all of them: another error would leave one waiting.
         if between and (trainer.world_size == 1 or isinstance(exception, SIGTERMException)):
             self._save_last(trainer)
@@ -162,6 +177,12 @@ class RunCheckpoint(ModelCheckpoint):
             torch.distributed.all_gather_object(gathered, states[0])
             states = gathered
         checkpoint[_RANDOM] = states
+        if self._validation_due:
+            # Lightning 2.6.6 repeats a validation only if its counters say that it stopped inside a batch. This is the
+            # first one, so that the metrics miss no image.
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            stopped = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress.update(total=dict(stopped), current=dict(stopped), is_last_batch=False)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
         """Keeps the random states until training starts."""
@@ -169,21 +190,30 @@ class RunCheckpoint(ModelCheckpoint):
             self._restored_random = checkpoint.get(_RANDOM)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best score; paths are left out, so that a run folder can be moved."""
+        """The best score, and whether a validation comes next; no paths, so that a run folder can be moved."""
         score = self.best_model_score
-        return {"best_model_score": None if score is None else float(score)}
+        return {
+            "best_model_score": None if score is None else float(score),
+            "validation_due": self._validation_due,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps the best score until training starts."""
+        """Keeps the state until training starts."""
         self._restored_score = state_dict["best_model_score"]
+        self._validation_due = bool(state_dict["validation_due"])
 
     def _save_last(self, trainer: Trainer) -> None:
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _restore_random(self, trainer: Trainer) -> None:
-        states, self._restored_random = self._restored_random, None
+        states = self._restored_random
         if states is not None and trainer.global_rank < len(states):
             _random_state.restore(states[trainer.global_rank], trainer.strategy.root_device)
+
+
+def _accumulates(trainer: Trainer) -> bool:
+    """Whether gradients wait for more batches; a checkpoint does not hold them."""
+    return trainer.fit_loop.epoch_loop._should_accumulate()  # noqa: SLF001 - no public name
 
 
 def _is_dry_run(trainer: Trainer) -> bool:

@@ -140,7 +140,8 @@ class EMA(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gives the raw weights back to training."""
         if trainer.state.fn == TrainerFn.FITTING:
-            pl_module.log("val/ema_updates", float(self.updates if self._raw else 0), rank_zero_only=False)
+            updates = float(self.updates if self._raw else 0)
+            pl_module.log("val/ema_updates", updates, sync_dist=True)  # equal on all ranks; this keeps Lightning quiet
             self._leave_average(pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002

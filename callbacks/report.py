@@ -33,9 +33,9 @@ class RunReport(Callback):
 
     ``predictions.png`` shows ground truth beside prediction on a few validation images, the same ones after every
     validation: they are spread evenly over the validation data. ``curves.png``, written at most every 20 s and at the
-    end, shows loss, AP and learning rate over steps; the history behind it is part of the checkpoint, so a resumed run goes on with the same curves. The table
-    has AP, AP50, AP75, APs, APm and APl (a dash where COCO has nothing to find), and the AP of each class where
-    the task computes it.
+    end, shows loss, AP and learning rate over steps; the history behind it is part of the checkpoint, so a resumed run
+    goes on with the same curves. The table has AP, AP50, AP75, APs, APm and APl (a dash where COCO has nothing to
+    find), and the AP of each class where the task computes it.
 
     Pictures need a task whose ``validation_step`` returns ``{"detections": [...]}`` (``boxes`` as (x1, y1, x2, y2) in
     pixels of the original image, ``scores``, ``labels``, optionally ``masks`` in the original's size) for a batch

@@ -124,12 +124,11 @@ def make_trainer(folder: Path, callbacks: list[pl.Callback] | None = None, **opt
     return pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
-        devices=1,
         max_epochs=EPOCHS,
         logger=False,
         enable_model_summary=False,
         callbacks=callbacks,
-        **({"enable_progress_bar": False} | options),
+        **({"enable_progress_bar": False, "devices": 1} | options),
     )
 
 
@@ -138,10 +137,13 @@ def main() -> None:
     checkpoint = sys.argv[2] if len(sys.argv) > 2 else None
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / "events.jsonl"
+    devices = int(os.environ.get("TINY_DEVICES", "1"))
+    options = {"devices": devices, "strategy": "ddp", "use_distributed_sampler": False} if devices > 1 else {}
+    trainer = make_trainer(folder, **options)
+    log = folder / f"events{trainer.global_rank}.jsonl"
     log.write_text("")
     model = Tiny(log, pause=float(os.environ.get("TINY_PAUSE", "0")))
-    make_trainer(folder).fit(model, Loader(), validation_loader(), ckpt_path=checkpoint)
+    trainer.fit(model, Loader(), validation_loader(), ckpt_path=checkpoint)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,29 @@ def test_no_swap_before_the_first_update(tmp_path: Path) -> None:
     assert ema.evaluated == "ema"
 
 
+def test_a_network_that_caches_what_it_derives_from_its_weights_can_notice_the_swap(tmp_path: Path) -> None:
+    """Backbones keep expanded attention biases for as long as autograd's version counter stands still."""
+    versions: list[int] = []
+
+    class Counts(helper.Tiny):
+        def on_train_epoch_end(self) -> None:
+            versions.append(self.network[0].weight._version)
+
+        def validation_step(self, batch, batch_idx):
+            versions.append(self.network[0].weight._version)
+            super().validation_step(batch, batch_idx)
+
+        def training_step(self, batch, batch_idx):
+            versions.append(self.network[0].weight._version)
+            return super().training_step(batch, batch_idx)
+
+    trainer = helper.make_trainer(tmp_path, [EMA()], enable_checkpointing=False, num_sanity_val_steps=0, max_steps=8)
+    trainer.fit(Counts(), helper.Loader(), helper.validation_loader())
+    last_step, first_validation, *_, after = versions[6], versions[7], versions[9], versions[10]
+    assert last_step + 1 < first_validation  # one from the optimizer, at least one from the swap
+    assert first_validation < after
+
+
 def test_the_log_says_which_set(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         trainer, *_ = _run(tmp_path)

@@ -84,20 +84,21 @@ def test_every_last_checkpoint_continues_exactly(
             assert history[key] == report[key], key
 
 
-def _start(folder: Path, pause: float, checkpoint: Path | None = None) -> subprocess.Popen[bytes]:
+def _start(folder: Path, pause: float, checkpoint: Path | None = None, devices: int = 1) -> subprocess.Popen[bytes]:
     script = Path(__file__).with_name("resume_helper.py")
     command = [sys.executable, str(script), str(folder), *([str(checkpoint)] if checkpoint else [])]
+    environment = {**os.environ, "TINY_PAUSE": str(pause), "TINY_DEVICES": str(devices)}
     log = (folder.parent / f"{folder.name}.log").open("wb")
-    return subprocess.Popen(command, env={**os.environ, "TINY_PAUSE": str(pause)}, stdout=log, stderr=log)
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
-def _events(folder: Path) -> list[tuple[Any, ...]]:
-    file = folder / "events.jsonl"
+def _events(folder: Path, rank: int = 0) -> list[tuple[Any, ...]]:
+    file = folder / f"events{rank}.jsonl"
     lines = file.read_text().splitlines() if file.is_file() else []
     return [tuple(json.loads(line)) for line in lines]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_killed_process_resumes_with_the_same_losses(
     tmp_path: Path, sent: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,6 +132,70 @@ def test_killed_process_resumes_with_the_same_losses(
         assert step < 21
 
 
+@pytest.mark.slow
+def test_sigterm_under_ddp_resumes_with_the_same_losses_on_every_rank(tmp_path: Path) -> None:
+    assert _start(tmp_path / "whole", pause=0, devices=2).wait(timeout=180) == 0
+    process = _start(tmp_path / "stopped", pause=0.1, devices=2)
+    deadline = time.monotonic() + 120
+    while len(_events(tmp_path / "stopped")) < 12:
+        assert process.poll() is None, (tmp_path / "stopped.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    last = tmp_path / "stopped" / "last.ckpt"
+    assert _start(tmp_path / "resumed", pause=0, checkpoint=last, devices=2).wait(timeout=180) == 0
+    for rank in range(2):
+        stopped, resumed = _events(tmp_path / "stopped", rank), _events(tmp_path / "resumed", rank)
+        assert 12 <= len(stopped) < 32
+        assert stopped + resumed == _events(tmp_path / "whole", rank)
+
+
+class Terminated(helper.Tiny):
+    """Is told to stop during one batch, as SLURM does it."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
+
+    def training_step(self, batch, batch_idx):
+        if self.current_epoch * helper.BATCHES + batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("batch", "options"), [(2, {}), (6, {}), (8, {"val_check_interval": 3}), (9, {})])
+def test_sigterm_saves_the_step_it_came_in(tmp_path: Path, batch: int, options: dict[str, Any]) -> None:
+    """Also in the last batch of an epoch, and in one that a validation follows."""
+    callbacks = [EMA(decay=0.9), RunCheckpoint(every_n_train_steps=100)]
+    whole = helper.Tiny()
+    helper.make_trainer(tmp_path / "whole", callbacks, **options).fit(
+        whole, helper.Loader(), helper.validation_loader()
+    )
+    stopped = Terminated(batch)
+    callbacks = [EMA(decay=0.9), RunCheckpoint(every_n_train_steps=100)]
+    trainer = helper.make_trainer(tmp_path, callbacks, **options)
+    with pytest.raises(SystemExit):
+        trainer.fit(stopped, helper.Loader(), helper.validation_loader())
+    assert trainer.global_step == batch + 1
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == batch + 1
+    resumed = helper.Tiny()
+    callbacks = [EMA(decay=0.9), RunCheckpoint(every_n_train_steps=100)]
+    again = helper.make_trainer(tmp_path, callbacks, **options)
+    again.fit(resumed, helper.Loader(), helper.validation_loader(), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert stopped.events + resumed.events == whole.events
+
+
+def test_sigterm_while_gradients_accumulate_leaves_the_last_exact_checkpoint(tmp_path: Path) -> None:
+    """Accumulated gradients are in no checkpoint, so the batches behind them are repeated."""
+    trainer = helper.make_trainer(tmp_path, [RunCheckpoint(every_n_train_steps=1)], accumulate_grad_batches=3)
+    with pytest.raises(SystemExit):
+        trainer.fit(Terminated(4), helper.Loader(), helper.validation_loader())
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 1
+    assert checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 3
+
+
 def test_an_error_inside_a_step_leaves_the_last_exact_checkpoint(tmp_path: Path) -> None:
     class Failing(helper.Tiny):
         def training_step(self, batch, batch_idx):
@@ -143,7 +208,7 @@ def test_an_error_inside_a_step_leaves_the_last_exact_checkpoint(tmp_path: Path)
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 9
 
 
-def test_an_error_inside_a_validation_leaves_the_last_exact_checkpoint(tmp_path: Path) -> None:
+def test_an_interrupted_validation_is_repeated_from_its_start(tmp_path: Path) -> None:
     class Failing(helper.Tiny):
         def validation_step(self, batch, batch_idx):
             if self.global_step == 14 and batch_idx == 1:
@@ -152,5 +217,10 @@ def test_an_error_inside_a_validation_leaves_the_last_exact_checkpoint(tmp_path:
 
     with pytest.raises(ValueError, match="validation fails"):
         helper.make_trainer(tmp_path).fit(Failing(), helper.Loader(), helper.validation_loader())
-    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 12
+    whole, resumed = helper.Tiny(), helper.Tiny()
+    helper.make_trainer(tmp_path / "whole").fit(whole, helper.Loader(), helper.validation_loader())
+    helper.make_trainer(tmp_path).fit(
+        resumed, helper.Loader(), helper.validation_loader(), ckpt_path=str(tmp_path / "last.ckpt")
+    )
+    assert resumed.events == whole.events[15:]  # 14 steps and one validation; the second validation comes first
+    assert resumed.events[0][:3] == ("val", 14, 3)
