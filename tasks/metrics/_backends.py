@@ -58,6 +58,10 @@ def select_ground_truth(ground_truth: Mapping[str, Any], image_ids: Sequence[int
             f"{len(unknown)} evaluated images are not in the ground truth, first image id {unknown[0]!r}; "
             "evaluate against the annotations of the split that was predicted"
         )
+    if "annotations" not in ground_truth:
+        raise DatasetError(
+            "the ground truth has no 'annotations'; a split without them can be predicted, not evaluated"
+        )
     kept = set(image_ids)
     annotations: list[dict[str, Any]] = []
     for annotation in ground_truth["annotations"]:

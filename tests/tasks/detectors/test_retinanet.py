@@ -347,3 +347,20 @@ def test_learns_one_image():
     assert sorted(found["labels"][:2].tolist()) == [0, 1]
     for box, label in zip(found["boxes"][:2], found["labels"][:2], strict=True):
         assert overlap(box.tolist(), wanted["boxes"][label].tolist()) > 0.8
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu():
+    detector = make_detector(num_classes=20, strides=(8, 16, 32))
+    images = torch.randn(3, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    sizes, targets = [(64, 96), (31, 50), (64, 40)], [CROWDED, EMPTY, SPARSE]
+    losses, detections = detector.loss(images, sizes, targets), detector.predict(images, sizes)
+    detector.cuda()
+    targets = [{name: value.cuda() for name, value in entry.items()} for entry in targets]
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        on_device = detector.loss(images.cuda(), sizes, targets)
+        found = detector.predict(images.cuda(), sizes)
+    for name, value in on_device.items():
+        torch.testing.assert_close(value.cpu(), losses[name], rtol=1e-4, atol=1e-5)
+    for own, expected in zip(found, detections, strict=True):  # scores only: near ties may change places
+        torch.testing.assert_close(own["scores"].cpu(), expected["scores"], rtol=1e-3, atol=1e-4)

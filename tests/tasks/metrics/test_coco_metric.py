@@ -321,6 +321,8 @@ def test_bad_ground_truth_is_named(truth, predicted):
         evaluator.compute({**truth, "images": truth["images"][1:]})
     with pytest.raises(DatasetError, match=r"category id 90, which the ground truth does not declare.*\[1, 3, 7\]"):
         evaluator.compute({**truth, "categories": truth["categories"][1:]})
+    with pytest.raises(DatasetError, match=r"no 'annotations'; a split without them can be predicted, not evaluated"):
+        evaluator.compute({key: truth[key] for key in ("images", "categories")})
     sizeless = copy.deepcopy(truth)
     del sizeless["images"][0]["height"]
     with pytest.raises(DatasetError, match="image id 5 has no 'height'"):
