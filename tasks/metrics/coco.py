@@ -157,7 +157,7 @@ class CocoEvaluator:
         if dist.get_rank() == 0:
             outcome = [self._evaluate_or_explain(gathered, ground_truth, per_class)]
         # The error travels too: processes that were left waiting for a result would hang.
-        dist.broadcast_object_list(outcome)
+        dist.broadcast_object_list(outcome, src=0)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         result: CocoResult = outcome[0]
