@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -161,6 +162,8 @@ class CocoDetection(LightningDataModule):
         Raises:
             DatasetError: Files are missing or faulty, or the splits declare different categories.
         """
+        # As MMDetection does: OpenCV's threads would compete with torch's, and are no faster for one picture.
+        cv2.setNumThreads(0)
         wanted = [self._resolve(split) for split in _STAGE_SPLITS[stage]]
         missing = [split for split in wanted if split not in self._datasets]
         for split, data in self._read(missing).items():
