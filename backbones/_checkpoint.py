@@ -147,7 +147,7 @@ def _read_pickle(path: Path, *, mmap: bool) -> Any:
         raise CheckpointError(
             f"{path} is damaged or incomplete, or no checkpoint ({reason.splitlines()[0]})"
         ) from error
-    except Exception as error:  # noqa: BLE001 - cut off in mid-opcode, a pickle can fail in any way
+    except Exception as error:  # cut off in mid-opcode, a pickle can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or incomplete ({reason}); download or copy it again") from error
 
