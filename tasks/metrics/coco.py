@@ -114,7 +114,8 @@ class CocoEvaluator:
             _to_numpy(found["category_ids"], np.int64),
             None if rles is None else list(rles),
         )
-        lengths = {len(part) for part in (boxes, image.scores, image.category_ids, image.rles or boxes)}
+        masks = boxes if image.rles is None else image.rles
+        lengths = {len(part) for part in (boxes, image.scores, image.category_ids, masks)}
         if len(lengths) != 1:
             raise ValueError(f"detections of image id {image_id} differ in length: {sorted(lengths)}")
         return image

@@ -335,5 +335,7 @@ def test_bad_detections_are_named():
         CocoEvaluator(("segm",)).update([7], [good])
     with pytest.raises(ValueError, match=r"image id 7 differ in length: \[1, 2\]"):
         CocoEvaluator().update([7], [{**good, "scores": torch.ones(1)}])
+    with pytest.raises(ValueError, match=r"image id 7 differ in length: \[0, 2\]"):
+        CocoEvaluator().update([7], [{**good, "rles": []}])
     with pytest.raises(ValueError, match="zip"):
         CocoEvaluator().update([7, 8], [good])
