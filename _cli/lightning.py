@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import platform
 import warnings
@@ -22,7 +23,7 @@ from effvit._cli.parser import Parser
 from effvit.callbacks import EMA, Progress, RunCheckpoint, RunReport
 from effvit.categories import Categories
 from effvit.datamodules import CocoDetection, HandwrittenDigits, ImageFiles
-from effvit.errors import CheckpointError
+from effvit.errors import CheckpointError, EffvitError
 from effvit.tasks import Task
 
 log = logging.getLogger("effvit")
@@ -123,6 +124,19 @@ class EffvitCLI(LightningCLI):
         """Parses without LightningCLI's warning about ``sys.argv``, from which ``args`` was made."""
         self.config = parser.parse_args(args)
 
+    def instantiate_classes(self) -> None:
+        """Builds data, model and Trainer; an error of ours keeps its own words.
+
+        jsonargparse turns whatever a constructor raises into "does not validate against any of the union subtypes".
+        """
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            original = _first_cause(error)
+            if original is error:
+                raise
+            raise original from None
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the run folder, the loggers and the callbacks of effvit."""
         self.run.directory.mkdir(parents=True, exist_ok=True)
@@ -138,6 +152,19 @@ class EffvitCLI(LightningCLI):
         dry_run = self._get(self.config_init, "trainer")["fast_dev_run"]
         if self.model.result is None and not dry_run and self.trainer.limit_val_batches:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
+
+    def after_validate(self) -> None:
+        """Writes the metrics with all their digits, for programs."""
+        self._write_metrics()
+
+    def after_test(self) -> None:
+        """Writes the metrics with all their digits, for programs."""
+        self._write_metrics()
+
+    @rank_zero_only
+    def _write_metrics(self) -> None:
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        (self.run.directory / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
     def after_instantiate_classes(self) -> None:
         """Loads the weights to evaluate; `fit` leaves that to the Trainer, which restores the optimizer too."""
@@ -194,6 +221,16 @@ class EffvitCLI(LightningCLI):
         )
         log.info("allocator: %s", self.run.allocator)
         log.info("run folder: %s", self.run.directory)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error of ours behind ``error``, or ``error`` itself."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, EffvitError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def _quieten() -> None:

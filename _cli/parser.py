@@ -18,8 +18,11 @@ from effvit.errors import ConfigError
 # What jsonargparse prints around the reason: the types it tried, and the value once more.
 _NOISE = re.compile(
     r"^\s*(-?\s*Expected a <class 'NoneType'>|Does not validate against any|- Does not validate against any|Subtypes:|"
-    r"Errors:|Given value|- Expected a path but .* not accessible or invalid)"
+    r"Errors:|Given value type|Given value: .{60}|- Expected a path but .* not accessible or invalid)"
 )
+
+# Where jsonargparse names a class that it could not find, the most telling first.
+_CLASS_MENTIONS = (r"Expected a dot import path string: (\S+)", r"Unable to import (\S+)", r"given class_path (\S+)")
 
 
 class Parser(LightningArgumentParser):
@@ -31,9 +34,11 @@ class Parser(LightningArgumentParser):
         Raises:
             ConfigError: Always.
         """
-        lines = [line for line in message.splitlines() if line.strip() and not _NOISE.match(line)]
-        reason = "\n".join(lines).strip()
-        raise ConfigError(f"{reason}\n{self._hint(message)}`{self.prog} --help` lists every option.") from ex
+        if not self.prog.startswith("effvit"):  # a parser inside the parser, for one class: the outer one explains
+            super().error(message, ex)
+        lines = [line.strip(" -") for line in message.splitlines() if line.strip() and not _NOISE.match(line)]
+        command = self.prog.replace(" [options]", "")
+        raise ConfigError("\n".join([*lines, f"{self._hint(message)}`{command} --help` lists every option."])) from ex
 
     def _hint(self, message: str) -> str:
         """``Did you mean ...?`` where a name in the message is close to one that exists."""
@@ -43,10 +48,9 @@ class Parser(LightningArgumentParser):
             owner = re.findall(r"class_path '([^']+)'", message)
             choices = _init_arguments(owner[-1]) if owner else self._destinations()
             return _did_you_mean(option[1], choices)
-        if name := re.search(
-            r"(?:Expected a dot import path string: |Unable to import |Problem with given class_path )(\S+)", message
-        ):
-            return _did_you_mean(name[1].strip("'\""), _class_names())
+        for pattern in _CLASS_MENTIONS:
+            if name := re.search(pattern, message):
+                return _did_you_mean(name[1].strip("'\""), _class_names())
         return ""
 
     def _option_strings(self) -> set[str]:
@@ -75,7 +79,8 @@ def _init_arguments(class_path: str) -> list[str]:
 
 def _ours(base: type) -> Iterator[type]:
     """Subclasses of ``base`` that effvit brings."""
-    for kind in base.__subclasses__():
+    kinds: list[type] = base.__subclasses__()
+    for kind in kinds:
         if kind.__module__.startswith("effvit."):
             yield kind
         yield from _ours(kind)

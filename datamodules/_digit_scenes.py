@@ -18,11 +18,13 @@ from pycocotools import mask as mask_api
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # Part of the cache folder's name: to be raised with every change to what a scene looks like.
-VERSION = 1
+VERSION = 2
 # Images of digits that only validation scenes use, one in five.
 _HELD_OUT = 5
 # How much the 8x8 digits are enlarged smoothly before they are turned.
 _FINE = 8
+# Heights of digits before they are turned, as shares of the scene.
+_SMALLEST, _LARGEST = 0.25, 0.65
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ def _compose(
     taken = np.zeros((size, size), dtype=bool)
     for _ in range(int(random.integers(1, 6))):
         index = int(random.integers(len(digits)))
-        # Heights spread evenly over octaves, so that small digits are as frequent as large ones.
-        height = size * 0.15 * 2 ** random.uniform(0.0, 2.0)
+        # Heights spread evenly over their logarithm, so that small digits are as frequent as large ones.
+        height = size * math.exp(random.uniform(math.log(_SMALLEST), math.log(_LARGEST)))
         placed = _place(random, digits[index], height, taken)
         if placed is None:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
@@ -14,6 +15,8 @@ from effvit.errors import CheckpointError, ConfigError, close_matches
 from effvit.tasks._task import LRSchedulerCallable, OptimizerCallable, Task, freeze_norm_statistics, normalise
 from effvit.tasks.detectors.retinanet import RetinaNet
 from effvit.tasks.metrics.coco import CocoEvaluator, CocoResult
+
+_log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, list[dict[str, Any]]]
 
@@ -101,7 +104,7 @@ class Detection(Task):
             detections_per_image=detections_per_image,
         )
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.detector.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.detector.to(memory_format=self.memory_format)
         self.register_buffer("mean", torch.tensor(network.input_spec.mean), persistent=False)
         self.register_buffer("std", torch.tensor(network.input_spec.std), persistent=False)
         self.evaluator = CocoEvaluator(backend=coco_backend)
@@ -120,6 +123,16 @@ class Detection(Task):
         if mode and self.norm_eval:
             freeze_norm_statistics(self.detector.pyramid.backbone)
         return self
+
+    def on_fit_start(self) -> None:
+        """Starts training mode, and warns of a backbone that cannot be trained well as it is set up."""
+        super().on_fit_start()
+        options = self.hparams
+        if self.norm_eval and not (options["pretrained"] or options["checkpoint"] or self.trainer.ckpt_path):
+            _log.warning(
+                "the backbone starts from random weights with fixed BatchNorm statistics (norm_eval), which only fits "
+                "pretrained weights: pass --model.pretrained true (or a file), or --model.norm_eval false"
+            )
 
     def prepare(self, batch: Batch) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalised images ``(B, 3, H, W)`` and their sizes (height, width) before padding, in pixels."""

@@ -1,0 +1,187 @@
+"""What runs leave, and what they rebuild, through the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import cv2
+import pytest
+import torch
+import yaml
+
+
+def wait_for(path, process, seconds=120.0):
+    """Waits until a running command has written a file."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"no {path} after {seconds} s"
+        time.sleep(0.05)
+
+
+def test_a_run_leaves_config_logs_checkpoints_and_pictures(tiny_run):
+    config = yaml.safe_load((tiny_run / "config.yaml").read_text())
+    assert config["model"]["init_args"]["backbone"] == "efficientvit_m0"
+    assert config["data"]["init_args"]["num_train"] == 24
+    header = (tiny_run / "logs" / "metrics.csv").read_text().splitlines()[0]
+    assert "train/loss" in header
+    assert "val/AP50" in header
+    assert list((tiny_run / "logs").glob("events.out.tfevents.*"))
+    for name in ("predictions.png", "curves.png"):
+        assert cv2.imread(str(tiny_run / name)).shape[0] > 100
+    log = (tiny_run / "log.txt").read_text()
+    assert "allocator: " in log
+    assert "torch " + torch.__version__ in log
+
+
+def test_a_checkpoint_holds_raw_and_averaged_weights_and_its_categories(tiny_run):
+    for name in ("best.ckpt", "last.ckpt"):
+        checkpoint = torch.load(tiny_run / name, weights_only=True)
+        averaged, raw = checkpoint["state_dict"], checkpoint["current_model_state"]
+        assert averaged.keys() == raw.keys()
+        assert any(not torch.equal(averaged[key], raw[key]) for key in raw)
+        assert checkpoint["hyper_parameters"]["categories"] == {digit: str(digit) for digit in range(10)}
+
+
+def test_test_rebuilds_everything_from_the_checkpoint(tiny_run, cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(tiny_run, moved)
+    done = cli.run("test", "--checkpoint", moved / "best.ckpt")
+    assert done.code == 0, done.err
+    assert "AP50" in done.out
+    assert (moved / "test" / "config.yaml").is_file()
+
+
+def test_validation_of_the_last_checkpoint_gives_the_ap_of_the_run(tiny_run, cli, tmp_path):
+    import csv
+
+    with (tiny_run / "logs" / "metrics.csv").open() as file:
+        logged = [float(row["val/AP50"]) for row in csv.DictReader(file) if row["val/AP50"]][-1]
+    done = cli.run("validate", "--checkpoint", tiny_run / "last.ckpt", "--run_dir", tmp_path / "again")
+    assert done.code == 0, done.err
+    assert f"{logged:.3f}" in done.out
+
+
+def test_predict_writes_pictures_and_coco_results(tiny_run, cli, tmp_path, coco_root):
+    output = tmp_path / "found"
+    done = cli.run(
+        "predict", "--checkpoint", tiny_run, "--images", coco_root / "val", "--output", output, "--score_threshold", 0
+    )
+    assert done.code == 0, done.err
+    names = sorted(path.name for path in (coco_root / "val").iterdir())
+    assert sorted(path.name for path in output.glob("*.png")) == [f"{name}.png" for name in names]
+    entries = json.loads((output / "predictions.json").read_text())
+    sizes = {name: cv2.imread(str(coco_root / "val" / name)).shape[:2] for name in names}
+    assert "6 images" in done.out
+    for entry in entries:
+        height, width = sizes[entry["file_name"]]
+        x, y, w, h = entry["bbox"]
+        assert 0 <= x <= x + w <= width + 0.02
+        assert 0 <= y <= y + h <= height + 0.02
+        assert entry["category_id"] in range(10)
+        assert 0.05 <= entry["score"] <= 1
+
+
+def test_the_backbone_is_one_flag(cli, tmp_path, coco_root):
+    words = "--data.image_size [96,64] --trainer.max_steps 2 --model.pyramid_channels 16 --data.num_workers 0".split()
+    for backbone in ("efficientvit_m0", "efficientvit_m5"):
+        folder = tmp_path / backbone
+        done = cli.run(
+            "fit", "-c", "detection/retinanet_1x", "--model.backbone", backbone, "--data.root", coco_root, *words,
+            "--run_dir", folder,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        done = cli.run("test", "--checkpoint", folder / "last.ckpt")
+        assert done.code == 0, done.err
+        assert "AP50" in done.out
+
+
+def test_a_run_without_backbone_weights_and_with_fixed_statistics_says_so(cli, tmp_path, coco_root):
+    words = "--data.image_size [64,64] --trainer.max_steps 1 --model.pyramid_channels 16 --data.num_workers 0".split()
+    done = cli.run(
+        "fit", "-c", "detection/retinanet_1x", "--data.root", coco_root, *words, "--run_dir", tmp_path / "run"
+    )
+    assert done.code == 0, done.err
+    assert "--model.pretrained" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_configs_merge_from_left_to_right_and_options_win(cli, tmp_path):
+    (tmp_path / "more.yaml").write_text("trainer: {max_epochs: 7}\nmodel: {init_args: {head_convs: 3}}\n")
+    done = cli.run(
+        "fit", "--model.head_convs", "1", "-c", "detection/digits", "-c", tmp_path / "more.yaml", "--print_config"
+    )
+    config = yaml.safe_load(done.out)
+    assert config["trainer"]["max_epochs"] == 7
+    assert config["model"]["init_args"]["head_convs"] == 1
+    assert config["model"]["init_args"]["pyramid_channels"] == 64
+
+
+def test_the_allocator_can_be_left_alone(cli, tmp_path):
+    for choice, said in (("default", "allocator: default"), ("tuned", "allocator: ")):
+        folder = tmp_path / choice
+        done = cli.run(
+            "fit", "-c", "detection/digits", *cli.tiny, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0",
+            "--run_dir", folder, "--allocator", choice,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        assert said in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_was_stopped_ends_with_the_same_losses(cli, tmp_path, sign):
+    words = ["-c", "detection/digits", *cli.tiny, "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1"]
+    words += ["--save_every_n_steps", "1"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    process = cli.start("fit", *words, "--run_dir", whole, cwd=tmp_path)
+    victim = cli.start("fit", *words, "--run_dir", stopped, cwd=tmp_path)
+    wait_for(stopped / "last.ckpt", victim)
+    os.kill(victim.pid, sign)
+    said = victim.communicate()[0]
+    assert victim.returncode == (143 if sign == signal.SIGTERM else -signal.SIGKILL), said
+    step = torch.load(stopped / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < step < 18
+    assert process.wait() == 0, process.communicate()[0]
+    process.stdout.close()
+    resumed = cli.run("fit", "--resume", stopped / "last.ckpt")
+    assert resumed.code == 0, resumed.err
+    expected = {number: loss for number, loss in cli.losses(whole).items() if number >= step}
+    found = {number: loss for number, loss in cli.losses(stopped).items() if number >= step}
+    assert expected
+    assert found == expected
+    ends = [torch.load(folder / "last.ckpt", weights_only=True)["state_dict"] for folder in (whole, stopped)]
+    for name, weight in ends[0].items():
+        assert torch.equal(weight, ends[1][name]), name
+
+
+def test_two_processes_find_the_ap_of_one(tiny_run, cli, tmp_path):
+    """The sharded validation of a checkpoint has the digits of the single process, images seen twice included."""
+    metrics = []
+    for name, extra in (
+        ("one", []),
+        ("two", ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp"]),
+    ):
+        folder = tmp_path / name
+        process = cli.start(
+            "validate", "--checkpoint", tiny_run / "last.ckpt", "--run_dir", folder, "--data.num_val", "7", *extra,
+            cwd=tmp_path,
+        )  # fmt: skip
+        said = process.communicate()[0]
+        assert process.returncode == 0, said
+        metrics.append(json.loads((folder / "metrics.json").read_text()))
+    assert metrics[0] == metrics[1]
+
+
+def test_fit_runs_on_two_processes(cli, tmp_path):
+    process = cli.start(
+        "fit", "-c", "detection/digits", *cli.tiny, "--trainer.max_epochs", "1", "--run_dir", tmp_path / "run",
+        "--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", cwd=tmp_path,
+    )  # fmt: skip
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert (tmp_path / "run" / "best.ckpt").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
