@@ -112,12 +112,12 @@ def _stored_settings(run: Run, source: str | None) -> AbstractContextManager[lis
     """The configuration inside a checkpoint, as a file for the parser."""
     if source is None:
         return nullcontext([])
-    from effvit.tasks import read_checkpoint
+    from effvit.tasks import read_run
 
     path = Path(source)
     if path.is_dir():
         path = path / ("last.ckpt" if run.verb == "fit" else "best.ckpt")
-    run.checkpoint = read_checkpoint(path)
+    run.checkpoint = read_run(path)
     run.checkpoint_path = path
     return TemporaryConfig(stored_config(run.checkpoint, path))
 
@@ -162,10 +162,19 @@ def _run_directory(verb: str, asked: str | None, configs: list[Path], checkpoint
         directory = Path(asked)
     elif checkpoint is not None:
         directory = checkpoint.parent if verb == "fit" else checkpoint.parent / verb
+    elif _started_from_outside():
+        raise ConfigError(
+            "several processes were started from outside (torchrun, srun): name their folder with --run_dir"
+        )
     else:
         directory = _unused(Path("runs") / (configs[-1].stem if configs else verb))
     os.environ[_RUN_DIR_VARIABLE] = str(directory)
     return directory
+
+
+def _started_from_outside() -> bool:
+    """Whether a launcher started several of us, each of which would number the run folder for itself."""
+    return any(int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
 
 
 def _unused(directory: Path) -> Path:

@@ -245,8 +245,8 @@ def _explain_classes(path: str, stored: dict[int, str], declared: dict[int, str]
     odd = [f"{number}: {name}" for number, name in declared.items() if stored.get(number) != name]
     return (
         f"{path} was trained on {len(stored)} classes, {Categories(stored).to_dict()}; the data declares "
-        f"{len(declared)}, of which these differ: {', '.join(odd[:10])}. Evaluate it on data with the classes it knows, "
-        "or train on this data with --model.pretrained."
+        f"{len(declared)}, of which these differ: {', '.join(odd[:10])}. Evaluate it on data with the classes it "
+        "knows, or train on this data with --model.pretrained."
     )
 
 

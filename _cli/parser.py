@@ -18,7 +18,7 @@ from effvit.errors import ConfigError
 # What jsonargparse prints around the reason: the types it tried, and the value once more.
 _NOISE = re.compile(
     r"^\s*(-?\s*Expected a <class 'NoneType'>|Does not validate against any|- Does not validate against any|Subtypes:|"
-    r"Errors:|Given value type|Given value: .{60}|- Expected a path but .* not accessible or invalid)"
+    r"Errors:|Given value type|Given value: (NestedArg|.{60})|- Expected a path but .* not accessible or invalid)"
 )
 
 # Where jsonargparse names a class that it could not find, the most telling first.

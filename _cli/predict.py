@@ -30,12 +30,12 @@ def predict(words: Sequence[str]) -> int:
     own, rest = _parser().parse_known_args(list(words))
     allocator = tune_allocator(own.allocator)
     from effvit.callbacks.predictions import PredictionWriter
-    from effvit.tasks import read_checkpoint
+    from effvit.tasks import read_run
 
     path = Path(own.checkpoint)
     if path.is_dir():
         path = path / "best.ckpt"
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_run(path)
     output = Path(own.output) if own.output else path.parent / "predictions"
     writer = PredictionWriter(output, own.score_threshold)
     settings = _settings(checkpoint, stored_config(checkpoint, path), own)

@@ -1,7 +1,7 @@
 """Networks that turn images into feature maps, and the pyramid on top; pure torch."""
 
 from effvit.backbones import efficientvit as _efficientvit  # noqa: F401 - registers its variants
-from effvit.backbones._checkpoint import LoadReport, load_checkpoint, read_checkpoint
+from effvit.backbones._checkpoint import LoadReport, load_checkpoint, open_checkpoint, read_checkpoint
 from effvit.backbones._contract import Backbone, Classifier, FeatureMap, InputSpec, VariantInfo
 from effvit.backbones._factory import create_backbone, create_classifier
 from effvit.backbones._pyramid import FeaturePyramid
@@ -20,5 +20,6 @@ __all__ = [
     "create_classifier",
     "list_backbones",
     "load_checkpoint",
+    "open_checkpoint",
     "read_checkpoint",
 ]

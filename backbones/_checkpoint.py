@@ -89,8 +89,8 @@ def load_checkpoint(network: Backbone | Classifier, path: str | Path, *, strict:
     return report
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, out of their wrappers, prefixes kept.
+def open_checkpoint(path: str | Path) -> Any:
+    """All that a checkpoint file holds, tensors on the CPU.
 
     Whether the file is a safetensors file or one of ``torch.save`` is read from its first bytes. Nothing in it is ever
     executed: a file that asks for more than tensors and plain containers is refused.
@@ -100,14 +100,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint file {path}")
+        there = sorted(entry.name for entry in path.parent.glob(f"*{path.suffix}")) if path.parent.is_dir() else []
+        hint = f"; in {path.parent} there is: {', '.join(there[:_NAMED])}" if path.suffix and there else ""
+        raise CheckpointError(f"there is no checkpoint file {path}{hint}")
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:9] == b"{":
         return _read_safetensors(path)
     if not start.startswith((_ZIP, _PICKLE)):
         raise CheckpointError(f"{path} is no checkpoint: neither a safetensors file nor one of torch.save")
-    content = _read_pickle(path, mmap=start.startswith(_ZIP))
+    return _read_pickle(path, mmap=start.startswith(_ZIP))
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file, out of their wrappers, prefixes kept.
+
+    Raises:
+        CheckpointError: The file cannot be opened, see `open_checkpoint`, or holds no weights.
+    """
+    content = open_checkpoint(path)
     while isinstance(content, Mapping):
         inner = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
         if inner is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from effvit.backbones._contract import Backbone, Classifier
 from effvit.backbones._download import fetch
 from effvit.backbones._registry import backbone_info, build
 from effvit.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 def create_backbone(name: str, *, pretrained: bool | str | Path = False, **overrides: Any) -> Backbone:
@@ -27,7 +30,7 @@ def create_backbone(name: str, *, pretrained: bool | str | Path = False, **overr
     """
     backbone = build(name, overrides)
     if pretrained:
-        load_checkpoint(backbone, _weights(name, pretrained))
+        _load(backbone, name, pretrained)
     return backbone
 
 
@@ -51,8 +54,13 @@ def create_classifier(
     backbone = build(name, overrides)
     classifier = Classifier(backbone, backbone.make_classifier(num_classes))
     if pretrained:
-        load_checkpoint(classifier, _weights(name, pretrained))
+        _load(classifier, name, pretrained)
     return classifier
+
+
+def _load(network: Backbone | Classifier, name: str, pretrained: bool | str | Path) -> None:
+    path = _weights(name, pretrained)
+    _log.info("%s from %s: %s", name, path, load_checkpoint(network, path))
 
 
 def _weights(name: str, pretrained: bool | str | Path) -> Path:

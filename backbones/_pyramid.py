@@ -47,6 +47,8 @@ class FeaturePyramid(nn.Module):
         out_channels: int = 256,
     ) -> None:
         super().__init__()
+        if out_channels < 1:
+            raise ConfigError(f"out_channels of a pyramid must be at least 1, not {out_channels}")
         numbers = _level_numbers(levels)
         channels = {int(spec.level[1:]): spec.channels for spec in backbone.feature_maps}
         shared = [number for number in numbers if number in channels]

@@ -1,7 +1,7 @@
 """What is trained: Lightning modules with their detectors, losses, metrics and optimizer groups."""
 
-from effvit.tasks._checkpoint import read_checkpoint
+from effvit.tasks._checkpoint import read_run
 from effvit.tasks._task import Task
 from effvit.tasks.detection import Detection
 
-__all__ = ["Detection", "Task", "read_checkpoint"]
+__all__ = ["Detection", "Task", "read_run"]

@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from effvit.backbones import FeaturePyramid, create_backbone
 from effvit.categories import Categories
 from effvit.errors import CheckpointError, ConfigError, close_matches
+from effvit.tasks._checkpoint import read_run
 from effvit.tasks._task import LRSchedulerCallable, OptimizerCallable, Task, freeze_norm_statistics, normalise
 from effvit.tasks.detectors.retinanet import RetinaNet
 from effvit.tasks.metrics.coco import CocoEvaluator, CocoResult
@@ -227,14 +228,13 @@ class Detection(Task):
                 "or start from its backbone with --model.pretrained."
             )
         return (
-            f"{source} does not fit a detector on {self.backbone_name!r}: {len(odd)} of {len(own)} tensors are missing, "
-            f"unknown or of another shape, first {odd[0]!r}. Leave --model.backbone out to use the checkpoint's own."
+            f"{source} does not fit a detector on {self.backbone_name!r}: {len(odd)} of {len(own)} tensors are "
+            f"missing, unknown or of another shape, first {odd[0]!r}. Leave --model.backbone out to use the one of the "
+            "checkpoint."
         )
 
     def _start_from(self, path: str) -> None:
-        from effvit.tasks._checkpoint import read_checkpoint
-
-        self.load_weights(read_checkpoint(path)["state_dict"], path)
+        self.load_weights(read_run(path)["state_dict"], path)
 
 
 def _check_options(detector: str, score_threshold: float, nms_threshold: float) -> None:

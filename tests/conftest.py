@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 # Before torch is imported anywhere: tests share few cores, and one thread each is the fastest for small tensors.
@@ -16,6 +22,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
+from effvit.cli import main
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -140,3 +148,67 @@ def coco_root(tmp_path: Path) -> Path:
     write_coco(tmp_path, random_coco(12, seed=0), "train")
     write_coco(tmp_path, random_coco(6, seed=1, first_id=101), "val")
     return tmp_path
+
+
+#: A detector and scenes small enough to train in seconds; what it learns is not the point here.
+TINY = (
+    "--model.pyramid_channels 16 --model.head_convs 1 --data.num_train 24 --data.num_val 6 --data.scene_size 64 "
+    "--data.batch_size 4 --data.num_workers 0"
+).split()
+
+
+def run(*words: str) -> SimpleNamespace:
+    """One command in this process: ``code``, ``out`` and ``err``."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    return SimpleNamespace(code=ended.value.code, out=out.getvalue(), err=err.getvalue())
+
+
+def start(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    """One command in a process of its own, as a user runs it."""
+    command = [sys.executable, "-m", "effvit", *map(str, words)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=os.environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished two-epoch run with averaged weights."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    done = run("fit", "-c", "detection/digits", *TINY, "--trainer.max_epochs", "2", "--run_dir", folder)
+    assert done.code == 0, done.err
+    return folder
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Training loss at each step, from the CSV logs of a run and of its continuations, oldest first."""
+    found: dict[int, float] = {}
+    for path in [folder / "logs" / "metrics.csv", *sorted((folder / "logs").glob("*/metrics.csv"))]:
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                if row.get("train/loss"):
+                    found[int(row["step"])] = float(row["train/loss"])
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny_coco_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small COCO data set, and the folder of a run on it."""
+    folder = tmp_path_factory.mktemp("coco_run")
+    write_coco(folder / "data", random_coco(6, seed=0), "train")
+    write_coco(folder / "data", random_coco(4, seed=1, first_id=101), "val")
+    words = "--data.image_size [96,64] --model.pyramid_channels 16 --model.head_convs 1 --data.num_workers 0".split()
+    done = run(
+        "fit", "-c", "detection/finetune", "--data.root", folder / "data", *words, "--trainer.max_epochs", 1,
+        "--run_dir", folder / "run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    return folder / "data", folder / "run"
+
+
+@pytest.fixture(scope="session")
+def cli() -> SimpleNamespace:
+    """``run``, ``start``, ``losses`` and the options ``tiny``."""
+    return SimpleNamespace(run=run, start=start, losses=losses, tiny=TINY)

@@ -86,7 +86,7 @@ def test_a_json_that_is_not_coco(cli, coco_root):
 def test_a_missing_image_stops_training_by_name(cli, coco_root, tmp_path):
     (coco_root / "train" / "000003.jpg").unlink()
     done = cli.run(
-        "fit", "-c", "detection/retinanet_1x", "--model.backbone", "efficientvit_m0", "--data.root", coco_root,
+        "fit", "-c", "detection/finetune", "--data.root", coco_root,
         "--data.image_size", "[64,64]", "--data.num_workers", "2", "--model.pyramid_channels", "16",
         "--trainer.max_epochs", "1", "--run_dir", tmp_path / "run",
     )  # fmt: skip
