@@ -257,6 +257,7 @@ def _log_to(directory: Path) -> None:
     logger.setLevel(logging.INFO)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
+        handler.close()
     form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     to_file = logging.FileHandler(directory / "log.txt", encoding="utf-8")
     to_file.setFormatter(form)
