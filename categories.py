@@ -44,7 +44,9 @@ class Categories:
             if "id" not in entry or "name" not in entry:
                 raise DatasetError(f"categories[{position}] needs the keys 'id' and 'name', it has {sorted(entry)}")
             if entry["id"] in names:
-                raise DatasetError(f"category id {entry['id']} is declared twice ({names[entry['id']]!r} and {entry['name']!r})")
+                raise DatasetError(
+                    f"category id {entry['id']} is declared twice ({names[entry['id']]!r} and {entry['name']!r})"
+                )
             names[entry["id"]] = entry["name"]
         return cls(names)
 
