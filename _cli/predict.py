@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help="checkpoint of a run, or the run's folder")
     parser.add_argument("--images", required=True, help="an image, or a folder of images (searched in depth)")
     parser.add_argument("--output", help="folder for the results (default: predictions/ beside the checkpoint)")
-    parser.add_argument("--score_threshold", type=_share, default=0.3, help="objects below it are not drawn (0.3)")
+    parser.add_argument("--score_threshold", type=_share, default=0.4, help="objects below it are not drawn (0.4)")
     parser.add_argument("--batch_size", type=int, default=1, help="images at a time (1)")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images (0)")
     parser.add_argument("--allocator", choices=("tuned", "default"), default="tuned", help="see effvit fit --help")

@@ -34,7 +34,7 @@ class PredictionWriter(Callback):
         ConfigError: The threshold is out of its range.
     """
 
-    def __init__(self, output: str | Path, score_threshold: float = 0.3) -> None:
+    def __init__(self, output: str | Path, score_threshold: float = 0.4) -> None:
         super().__init__()
         if not 0 <= score_threshold <= 1:
             raise ConfigError(f"score_threshold must be in [0, 1], not {score_threshold}")

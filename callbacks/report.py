@@ -50,7 +50,7 @@ class RunReport(Callback):
         ConfigError: A value out of its range.
     """
 
-    def __init__(self, images: int = 4, score_threshold: float = 0.3, every_n_steps: int = 10) -> None:
+    def __init__(self, images: int = 4, score_threshold: float = 0.4, every_n_steps: int = 10) -> None:
         super().__init__()
         if images < 0 or every_n_steps < 1 or not 0 <= score_threshold <= 1:
             raise ConfigError(
