@@ -37,17 +37,20 @@ class Categories:
         """Reads the ``categories`` list of a COCO-format JSON.
 
         Raises:
-            DatasetError: An id is declared twice, or an entry lacks ``id`` or ``name``.
+            DatasetError: An id is declared twice or is no integer, or an entry lacks ``id`` or ``name``.
         """
         names: dict[int, str] = {}
         for position, entry in enumerate(categories):
             if "id" not in entry or "name" not in entry:
                 raise DatasetError(f"categories[{position}] needs the keys 'id' and 'name', it has {sorted(entry)}")
-            if entry["id"] in names:
+            category_id = entry["id"]
+            if isinstance(category_id, bool) or not isinstance(category_id, int):
+                raise DatasetError(f"categories[{position}] needs an integer 'id', found {category_id!r}")
+            if category_id in names:
                 raise DatasetError(
-                    f"category id {entry['id']} is declared twice ({names[entry['id']]!r} and {entry['name']!r})"
+                    f"category id {category_id} is declared twice ({names[category_id]!r} and {entry['name']!r})"
                 )
-            names[entry["id"]] = entry["name"]
+            names[category_id] = entry["name"]
         return cls(names)
 
     @property

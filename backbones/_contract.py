@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -198,6 +197,3 @@ class Classifier(nn.Module):
         if fuse_head is not None:
             fuse_head()
         return self
-
-
-StateDict = Mapping[str, Tensor]

@@ -12,15 +12,10 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlparse
 
+from effvit._cache import cache_folder
 from effvit.errors import CheckpointError
 
 _TIMEOUT = 30.0
-
-
-def cache_folder() -> Path:
-    """Where downloaded files are kept: ``$EFFVIT_CACHE``, or ``~/.cache/effvit``."""
-    chosen = os.environ.get("EFFVIT_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "effvit"
 
 
 def fetch(url: str, *, sha256: str | None = None) -> Path:

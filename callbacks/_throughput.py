@@ -1,22 +1,31 @@
-"""Images per second of a training loop, as a user feels it: waiting for data counts, validation does not."""
+"""Speed and learning rate of a training loop, as the progress bar and the report of a run show them."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
-def count_images(batch: Any) -> int:
-    """Number of images in a batch ``(images (B, ...), targets)``; 0 for anything else."""
+
+def images_in_step(batch: Any, trainer: Trainer) -> int:
+    """Images of all processes together, from one process's ``(images (B, ...), targets)``; 0 for any other batch."""
     images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    return int(images.shape[0]) if isinstance(images, Tensor) and images.dim() > 0 else 0
+    return int(images.shape[0]) * trainer.world_size if isinstance(images, Tensor) and images.dim() > 0 else 0
+
+
+def learning_rate(trainer: Trainer) -> float:
+    """The highest learning rate of all parameter groups, 0 without an optimizer."""
+    rates = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return max(rates, default=0.0)
 
 
 class Throughput:
-    """Counts images against wall time.
+    """Counts images against wall time, as a user feels it: waiting for data counts, validation does not.
 
     Args:
         window: Number of last batches that `rate` looks at.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from rich import get_console
 
-from effvit.callbacks._throughput import Throughput, count_images
+from effvit.callbacks._throughput import Throughput, images_in_step, learning_rate
 from effvit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Progress(RichProgressBar):
         self._plain = False
         self._throughput = Throughput()
         self._said = 0.0
+        self._items: dict[str, Any] = {}
+        self._items_until = -math.inf
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Decides between bar and lines."""
@@ -61,14 +64,20 @@ class Progress(RichProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the images of the batch and shows where training stands."""
-        self._throughput.add(count_images(batch) * trainer.world_size)
+        self._throughput.add(images_in_step(batch, trainer))
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         last = batch_idx + 1 == trainer.num_training_batches
         if self._plain and (last or time.perf_counter() - self._said >= self.seconds):
             self._say(self._training_line(trainer, outputs, batch_idx))
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows the last values of the epoch, however fresh the ones before are."""
+        self._items_until = -math.inf
+        super().on_train_epoch_end(trainer, pl_module)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows the metrics of the validation and restarts the clock of training."""
+        self._items_until = -math.inf
         super().on_validation_end(trainer, pl_module)
         self._throughput.resume()
         if self._plain and not trainer.sanity_checking:
@@ -83,7 +92,17 @@ class Progress(RichProgressBar):
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """What stands at the right of the bar: loss and other logged values, images/s, GPU memory."""
+        """What stands at the right of the bar: loss and other logged values, images/s, GPU memory.
+
+        Read anew only as often as the bar is drawn: reading a loss makes the CPU wait for the GPU.
+        """
+        now = time.perf_counter()
+        if now >= self._items_until:
+            self._items = self._read_items(trainer, pl_module)
+            self._items_until = now + 1 / self.refresh_rate
+        return dict(self._items)
+
+    def _read_items(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         loss = trainer.callback_metrics.get("train/loss")
@@ -101,7 +120,7 @@ class Progress(RichProgressBar):
             f"batch {batch_idx + 1}" + (f"/{int(batches)}" if batches != float("inf") else ""),
             f"step {trainer.global_step}",
             f"loss {float(loss):.4f}" if loss is not None else "",
-            f"lr {_learning_rate(trainer):.2e}" if trainer.optimizers else "",
+            f"lr {learning_rate(trainer):.2e}" if trainer.optimizers else "",
             f"{self._throughput.rate():.1f} images/s",
             *(f"{name} {value}" for name, value in _gpu_memory(trainer).items()),
         ]
@@ -117,10 +136,6 @@ def _metrics_line(trainer: Trainer, prefix: str, title: str) -> str:
     shown = {name: found[name] for name in _HEADLINES if name in found} or found
     step = f"  step {trainer.global_step}" if trainer.global_step else ""
     return f"{title}{step}  " + "  ".join(f"{name} {float(value):.4f}" for name, value in shown.items())
-
-
-def _learning_rate(trainer: Trainer) -> float:
-    return max(float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
 
 
 def _gpu_memory(trainer: Trainer) -> dict[str, int | str | float | dict[str, float]]:

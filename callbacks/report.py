@@ -16,7 +16,7 @@ from torch import Tensor
 
 from effvit.callbacks._curves import draw_curves
 from effvit.callbacks._tables import class_table, format_metric, format_seconds, metrics_table
-from effvit.callbacks._throughput import Throughput, count_images
+from effvit.callbacks._throughput import Throughput, images_in_step, learning_rate
 from effvit.callbacks.drawing import draw_detections, panel_grid
 from effvit.categories import Categories
 from effvit.errors import ConfigError
@@ -111,7 +111,7 @@ class RunReport(Callback):
         batch_idx: int,  # noqa: ARG002
     ) -> None:
         """Adds the loss of the batch to the curve."""
-        self._throughput.add(count_images(batch) * trainer.world_size)
+        self._throughput.add(images_in_step(batch, trainer))
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if loss is None:
             return
@@ -121,7 +121,7 @@ class RunReport(Callback):
         if trainer.global_step % self.every_n_steps == 0 and (not self._steps or trainer.global_step > self._steps[-1]):
             self._steps.append(trainer.global_step)
             self._losses.append(float(self._loss_sum) / self._loss_count)
-            self._rates.append(_learning_rate(trainer))
+            self._rates.append(learning_rate(trainer))
             self._loss_sum, self._loss_count = 0.0, 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -284,11 +284,6 @@ def _masks(objects: Mapping[str, Any], height: int, width: int) -> Tensor | None
     if masks.shape[-2:] != (height, width):
         masks = torch.nn.functional.interpolate(masks, (height, width), mode="bilinear")
     return masks[:, 0] > 0.5
-
-
-def _learning_rate(trainer: Trainer) -> float:
-    rates = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return max(rates, default=0.0)
 
 
 def _per_class(pl_module: LightningModule) -> dict[str, float]:

@@ -21,12 +21,17 @@ class SizeMismatchError(DatasetError):
     """An image file of another size than its annotation says."""
 
 
+# What to do about a damaged file that an annotation file lists.
+REMEDY = "restore the file or remove its entry"
+
 _JPEG_MAGIC, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _START_OF_SCAN = 0xDA
 _ORIENTATION = 0x0112  # EXIF tag
 
 
-def read_image(path: Path, *, size: tuple[int, int] | None = None, where: str = "") -> torch.Tensor:
+def read_image(
+    path: Path, *, size: tuple[int, int] | None = None, where: str = "", remedy: str = REMEDY
+) -> torch.Tensor:
     """Reads an image file as RGB.
 
     A file with an EXIF orientation may have been annotated as displayed or as stored. The annotated size decides:
@@ -36,6 +41,7 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None, where: str = 
         path: The file.
         size: Annotated height and width in pixels; without it, EXIF orientation is always applied.
         where: What the error message adds about the image, such as its id.
+        remedy: What the error message says to do about a damaged file.
 
     Returns:
         uint8 ``(3, H, W)``, laid out in memory as ``(H, W, 3)``.
@@ -53,13 +59,10 @@ def read_image(path: Path, *, size: tuple[int, int] | None = None, where: str = 
     try:
         image, orientation = _decode(data)
     except UnidentifiedImageError as error:
-        raise DatasetError(
-            f"{path}{where} is not an image in a known format ({len(data)} bytes); restore the file or remove its entry"
-        ) from error
+        raise DatasetError(f"{path}{where} is not an image in a known format ({len(data)} bytes); {remedy}") from error
     except Exception as error:
         raise DatasetError(
-            f"image {path}{where} is truncated or damaged ({len(data)} bytes): {error}; "
-            "restore the file or remove its entry"
+            f"image {path}{where} is truncated or damaged ({len(data)} bytes): {error}; {remedy}"
         ) from error
     return _orient(image, orientation, size, f"{path}{where}")
 

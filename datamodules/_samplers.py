@@ -83,6 +83,7 @@ class ResumableLoader(DataLoader[Any]):
         num_workers: Worker processes.
         collate_fn: Puts samples into a batch.
         worker_init_fn: Called in each worker.
+        pin_memory: Put batches into page-locked memory, from where a CUDA device fetches them faster.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class ResumableLoader(DataLoader[Any]):
         num_workers: int,
         collate_fn: Callable[[list[Any]], Any],
         worker_init_fn: Callable[[int], None],
+        pin_memory: bool,
     ) -> None:
         super().__init__(
             dataset,
@@ -103,7 +105,7 @@ class ResumableLoader(DataLoader[Any]):
             num_workers=num_workers,
             collate_fn=collate_fn,
             worker_init_fn=worker_init_fn,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
             persistent_workers=num_workers > 0,
             # Its own generator: starting an epoch draws from it, and the model's random numbers must not depend on
             # how often a loader was started.

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from effvit.datamodules._annotations import AnnotationTable
 
 Key = int | tuple[int, int]
+_REMEDY = "remove the file or pass `--data.unreadable skip` to leave out such files"
 
 
 class AnnotatedImages(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
@@ -90,7 +91,7 @@ class PlainImages(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """The sample of an index."""
-        image = read_image(self.files[index])
+        image = read_image(self.files[index], remedy=_REMEDY)
         resized = self.transform({"image": tv_tensors.Image(image)})["image"].as_subclass(torch.Tensor)
         return resized, {
             "image_id": index + 1,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import cv2
-import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -115,12 +114,11 @@ class CocoDetection(LightningDataModule):
         self.image_size = image_size
         self.scale_jitter = scale_jitter
         self.flip = flip
+        self.pad_divisor = pad_divisor
         self.masks = masks
         self.keep_empty = keep_empty
         self.faults = faults
         self.seed = seed
-        # A validation split smaller than the number of processes leaves one without images of its own.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
         self._collate = Collate(pad_divisor)
         self._categories: Categories | None = None
         self._truths: dict[str, dict[str, Any]] = {}
@@ -182,6 +180,7 @@ class CocoDetection(LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=self._collate,
             worker_init_fn=single_threaded,
+            pin_memory=self._on_cuda(),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -216,7 +215,7 @@ class CocoDetection(LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=self._collate,
             worker_init_fn=single_threaded,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._on_cuda(),
             persistent_workers=self.num_workers > 0,
         )
 
@@ -270,6 +269,10 @@ class CocoDetection(LightningDataModule):
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _on_cuda(self) -> bool:
+        """Whether batches go to a CUDA device: pinning them for a run on the CPU would take GPU memory for nothing."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     def _batches_done(self) -> int:
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer is not None else 0

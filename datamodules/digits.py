@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from effvit.datamodules._digit_scenes import SceneOptions, cache_folder, make_scenes
+from effvit._cache import cache_folder
+from effvit.datamodules._digit_scenes import SceneOptions, make_scenes
 from effvit.datamodules.coco import CocoDetection
 from effvit.errors import ConfigError
 
@@ -23,7 +24,7 @@ class HandwrittenDigits(CocoDetection):
         root: Folder to keep the scenes in, in place of the cache; scenes of other options may lie beside them.
         num_train: Number of training scenes.
         num_val: Number of validation scenes.
-        scene_size: Width and height of a scene in pixels; digits are 15 to 60 % as tall.
+        scene_size: Width and height of a scene in pixels; digits are about a third to three quarters as tall.
         scene_seed: Seed of the scenes.
         batch_size: Training images in a batch, per process.
         val_batch_size: Images in a batch of evaluation; scenes are of one size, so that it does not change results.

@@ -89,7 +89,7 @@ class ImageFiles(LightningDataModule):
 
 def _is_readable(file: Path) -> bool:
     try:
-        read_image(file)
+        read_image(file, remedy="restore or remove the file")
     except DatasetError as error:
         _log.warning("left out: %s", error)
         return False

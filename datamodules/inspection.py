@@ -130,7 +130,7 @@ def inspect_coco(json_path: str | Path, image_dir: str | Path, decode_images: bo
         num_crowd=len(data["annotations"]) - len(objects),
         num_empty=sum(entry.get("id") not in annotated for entry in data["images"] if _hashable(entry.get("id"))),
         class_counts=_count_classes(objects, categories),
-        box_sizes=_count_sizes(objects, faults),
+        box_sizes=_count_sizes(data["annotations"], faults),
         image_sizes=_image_sizes(data["images"]),
         faults=faults,
         decoded=decode_images,
@@ -162,11 +162,12 @@ def _count_classes(objects: list[dict[str, Any]], categories: Categories) -> dic
     return {name: counts[category_id] for category_id, name in zip(categories.ids, categories.names, strict=True)}
 
 
-def _count_sizes(objects: list[dict[str, Any]], faults: list[Fault]) -> dict[str, int]:
-    unusable = {fault.annotation_id for fault in faults if fault.kind in {"bad-box", "not-finite", "no-area"}}
+def _count_sizes(annotations: list[dict[str, Any]], faults: list[Fault]) -> dict[str, int]:
+    # By position, as a faulty annotation may have no usable id.
+    unusable = {fault.position for fault in faults if fault.kind in {"bad-box", "not-finite", "no-area"}}
     counts = {"small": 0, "medium": 0, "large": 0}
-    for annotation in objects:
-        if annotation.get("id") in unusable:
+    for position, annotation in enumerate(annotations):
+        if annotation.get("iscrowd") or position in unusable:
             continue
         area = annotation["bbox"][2] * annotation["bbox"][3]
         counts["small" if area < _SMALL else "medium" if area < _MEDIUM else "large"] += 1

@@ -12,13 +12,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-GROUND = {"errors", "categories", "__version__"}
+GROUND = {"_cache", "errors", "categories", "__version__"}
 ALLOWED = {
-    "backbones": {"backbones", "errors"},
+    "backbones": {"backbones", "_cache", "errors"},
     "tasks": {"tasks", "backbones"} | GROUND,
     "datamodules": {"datamodules"} | GROUND,
     "deploy": {"deploy"} | GROUND,
     "callbacks": {"callbacks", "deploy"} | GROUND,
+    "_cache": set(),
     "errors": set(),
     "categories": {"errors"},
 }

@@ -230,6 +230,34 @@ def test_bar_in_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert not re.search(r"^epoch 1/4", text, re.MULTILINE)
 
 
+def test_the_loss_is_read_as_often_as_the_bar_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loss:
+        read = 0
+
+        def __float__(self) -> float:
+            Loss.read += 1
+            return float(Loss.read)
+
+    now = 100.0
+    monkeypatch.setattr("effvit.callbacks.progress.time", SimpleNamespace(perf_counter=lambda: now))
+    trainer = SimpleNamespace(
+        loggers=[],
+        progress_bar_metrics={},
+        callback_metrics={"train/loss": Loss()},
+        training=True,
+        strategy=SimpleNamespace(root_device=torch.device("cpu")),
+    )
+    bar, model = Progress(refresh_rate=4), helper.Tiny()
+    shown = []
+    for _ in range(10):
+        shown.append(bar.get_metrics(trainer, model)["loss"])
+        now += 0.125
+    assert shown == ["1.000", "1.000", "2.000", "2.000", "3.000", "3.000", "4.000", "4.000", "5.000", "5.000"]
+    now -= 0.125
+    bar.on_train_epoch_end(trainer, model)
+    assert bar.get_metrics(trainer, model)["loss"] == "6.000"
+
+
 @pytest.mark.parametrize("options", [{"seconds": 0.0}, {"refresh_rate": 0}])
 def test_progress_options_out_of_range(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(options))):

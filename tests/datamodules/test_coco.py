@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import multiprocessing.reduction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -192,8 +193,25 @@ def test_ranks_share_the_images(coco_root):
 
 
 class FakeTrainer:
-    def __init__(self, world_size, rank):
+    def __init__(self, world_size, rank, device="cpu"):
         self.world_size, self.global_rank = world_size, rank
+        self.strategy = SimpleNamespace(root_device=torch.device(device))
+
+
+@pytest.mark.parametrize(("device", "pinned"), [(None, False), ("cpu", False), ("cuda:0", True)])
+def test_memory_is_pinned_for_cuda_devices_only(coco_root, monkeypatch, device, pinned):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    data = load(coco_root)
+    data.trainer = None if device is None else FakeTrainer(1, 0, device)
+    assert data.train_dataloader().pin_memory is pinned
+    assert data.val_dataloader().pin_memory is pinned
+
+
+def test_checkpoints_can_read_how_images_are_prepared(coco_root):
+    data = load(coco_root, image_size=(256, 192), pad_divisor=64)
+    assert (data.image_size, data.pad_divisor) == ((256, 192), 64)
+    images, _ = next(iter(data.val_dataloader()))
+    assert images.shape[-2] % 64 == images.shape[-1] % 64 == 0
 
 
 def test_evaluation_gives_every_rank_as_many_batches(coco_root):

@@ -141,7 +141,8 @@ def test_every_class_and_size_occurs(scenes):
     targets = [target for _, batch in scenes.train_dataloader() for target in batch]
     assert {int(label) for target in targets for label in target["labels"]} == set(range(10))
     heights = torch.cat([target["boxes"][:, 3] - target["boxes"][:, 1] for target in targets])
-    assert heights.max() / heights.min() > 2.5
+    # Sizes reach over most of the range that the scenes are drawn from.
+    assert heights.max() / heights.min() > 0.8 * _digit_scenes._LARGEST / _digit_scenes._SMALLEST > 1.5
 
 
 @pytest.mark.parametrize("option", [{"num_train": 0}, {"num_val": 0}, {"scene_size": 16}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
@@ -307,3 +308,26 @@ def test_report_of_a_sound_data_set(faulty):
     assert report.image_sizes == ((96, 64), (96, 64))
     with pytest.raises(DatasetError, match="no image folder"):
         inspect_coco(root / "annotations" / "instances_train.json", root / "elsewhere")
+
+
+def test_report_of_annotations_without_a_usable_id(faulty):
+    def change(coco):
+        coco["annotations"][0].update(id="first", bbox="none")
+        coco["annotations"][1].update(id=None, bbox=[1, 2])
+
+    root = faulty(change)
+    report = inspect_coco(root / "annotations" / "instances_train.json", root / "train")
+    assert sorted((fault.kind, fault.position) for fault in report.faults) == [
+        ("bad-annotation", 0),
+        ("bad-annotation", 1),
+        ("bad-box", 0),
+        ("bad-box", 1),
+    ]
+    assert report.box_sizes == {"small": 1, "medium": 0, "large": 0}
+
+
+@pytest.mark.parametrize("category_id", [[3], {"id": 3}, "3", 3.0, True, None])
+def test_category_ids_are_integers(faulty, category_id):
+    root = faulty(lambda coco: coco["categories"][1].update(id=category_id))
+    with pytest.raises(DatasetError, match=re.escape(f"categories[1] needs an integer 'id', found {category_id!r}")):
+        inspect_coco(root / "annotations" / "instances_train.json", root / "train")

@@ -58,8 +58,11 @@ def test_missing_and_empty_places(tmp_path, folder):
 
 def test_unreadable_file(folder, caplog):
     (folder / "aa.jpg").write_text("<html>")
-    with pytest.raises(DatasetError, match=r"aa\.jpg is not an image"):
+    with pytest.raises(
+        DatasetError, match=r"aa\.jpg is not an image.*remove the file or pass `--data\.unreadable skip`"
+    ):
         predict_batches(ImageFiles(str(folder)))
     targets = [target for _, batch in predict_batches(ImageFiles(str(folder), unreadable="skip")) for target in batch]
     assert [target["file_name"] for target in targets] == ["a.jpg", "b.png", "sub/c.JPG", "sub/deeper/d.bmp"]
     assert "aa.jpg" in caplog.text
+    assert "unreadable skip" not in caplog.text
