@@ -92,12 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(0)
     try:
         raise SystemExit(_verb(words[0])(words[1:]))
-    except ConfigError as error:
-        print(f"effvit: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
     except EffvitError as error:
-        print(f"effvit: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        print(f"effvit: {_own_words(error)}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def _own_words(error: EffvitError) -> str:
+    """The message without the traceback that a loading process puts before it."""
+    name = f"{type(error).__module__}.{type(error).__name__}: "
+    return str(error).rpartition(name)[2].strip() if "in DataLoader worker" in str(error) else str(error)
 
 
 def _verb(name: str) -> Callable[[list[str]], int]:

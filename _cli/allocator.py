@@ -2,7 +2,7 @@
 
 By default glibc hands every large block back to the kernel and faults it in again on the next step: for detection on a
 CPU a fifth to a third of the time (`benchmarks/README.md`). Keeping freed memory is set through ``mallopt``, in this
-process, before torch allocates; worker processes inherit it.
+process, before torch allocates; forked workers inherit it.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ def _files(own: argparse.Namespace) -> list[tuple[Path, Path]]:
 
     root = Path(own.root)
     if root.is_file():
-        if own.images is None:
-            raise ConfigError(f"{root} is a file: name its image folder with --images")
+        if own.images is None or own.split is not None:
+            raise ConfigError(f"{root} is a file: name its image folder with --images, and no --split")
         return [(root, Path(own.images))]
     if own.images is not None:
         raise ConfigError("--images goes with an annotation file; for a folder, the image folders are found by name")

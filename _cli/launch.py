@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from effvit._cli.allocator import tune_allocator
 from effvit._cli.shipped import find_config
 from effvit.errors import ConfigError
@@ -43,6 +45,8 @@ class Run:
         allocator: What the memory allocator was set to.
         checkpoint: Content of the checkpoint to rebuild from or to resume.
         checkpoint_path: Its file.
+        callbacks: Further callbacks of the verb.
+        numbered: Whether the folder must be a new one.
     """
 
     verb: str
@@ -52,6 +56,19 @@ class Run:
     checkpoint: dict[str, Any] | None = None
     checkpoint_path: Path | None = None
     callbacks: list[Any] = field(default_factory=list)
+    numbered: bool = False
+
+    def claim_directory(self) -> None:
+        """Makes the folder of the run; a numbered one is made by nobody else, however many runs start at once."""
+        while True:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=not self.numbered)
+            except FileExistsError:
+                self.directory = _unused(self.directory)
+                continue
+            break
+        self.numbered = False
+        os.environ[_RUN_DIR_VARIABLE] = str(self.directory)
 
 
 def launch(verb: str, words: Sequence[str]) -> int:
@@ -75,7 +92,7 @@ def launch(verb: str, words: Sequence[str]) -> int:
     with _stored_settings(run, source) as stored:
         given = [word for path in [*stored, *configs] for word in ("--config", str(path))]
         run.arguments = [*given, *rest]
-        run.directory = _run_directory(verb, own.run_dir, configs, run.checkpoint_path)
+        run.directory, run.numbered = _run_directory(verb, own.run_dir, configs, run.checkpoint_path)
         return start(run)
 
 
@@ -85,6 +102,7 @@ def start(run: Run) -> int:
     Returns:
         Exit status: 143 after SIGTERM, as a shell would give it.
     """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from effvit._cli.lightning import EffvitCLI
@@ -96,6 +114,8 @@ def start(run: Run) -> int:
             "stopped by SIGTERM; go on with: effvit fit --resume %s", run.directory / "last.ckpt"
         )
         return _SIGTERM_STATUS
+    except MisconfigurationException as error:  # such as an accelerator that this machine does not have
+        raise ConfigError(str(error)) from error
     return 0
 
 
@@ -117,24 +137,45 @@ def _stored_settings(run: Run, source: str | None) -> AbstractContextManager[lis
     path = Path(source)
     if path.is_dir():
         path = path / ("last.ckpt" if run.verb == "fit" else "best.ckpt")
-    run.checkpoint = read_run(path)
+    content = read_run(path)
     run.checkpoint_path = path
-    return TemporaryConfig(stored_config(run.checkpoint, path))
+    config = stored_config(content, path, run.verb)
+    # For a resumed run the Trainer reads the weights: they are not kept twice.
+    kept = ("hyper_parameters", "global_step") if run.verb == "fit" else ("hyper_parameters", "state_dict")
+    run.checkpoint = {name: content[name] for name in kept}
+    return TemporaryConfig(config)
 
 
-def stored_config(checkpoint: dict[str, Any], path: Path) -> str:
+#: Settings of the Trainer that belong to the training machine or to its length, and not to what is evaluated.
+_TRAINING_ONLY = (
+    "accelerator", "strategy", "devices", "num_nodes", "logger", "callbacks", "max_time", "overfit_batches",
+    "fast_dev_run", "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches",
+)  # fmt: skip
+
+
+def stored_config(checkpoint: dict[str, Any], path: Path, verb: str) -> str:
     """The configuration that a checkpoint carries, as YAML text.
+
+    Args:
+        checkpoint: Its content.
+        path: Its file, for the message.
+        verb: What it is wanted for: ``fit`` goes on with all of it, evaluation leaves the training machine out.
 
     Raises:
         ConfigError: It carries none.
     """
-    config = checkpoint.get("effvit", {}).get("config")
-    if not isinstance(config, str):
+    text = checkpoint.get("effvit", {}).get("config")
+    if not isinstance(text, str):
         raise ConfigError(
             f"{path} was not written by an effvit command: it carries no configuration. "
             "Give one with -c and pass the weights as --model.checkpoint."
         )
-    return config
+    config = yaml.safe_load(text)
+    # The weights inside supersede any starting point, which need not exist on this machine.
+    config["model"]["init_args"] |= {"pretrained": False, "checkpoint": None}
+    if verb != "fit":
+        config["trainer"] = {name: value for name, value in config["trainer"].items() if name not in _TRAINING_ONLY}
+    return str(yaml.safe_dump(config))
 
 
 class TemporaryConfig:
@@ -153,23 +194,23 @@ class TemporaryConfig:
         self._folder.cleanup()
 
 
-def _run_directory(verb: str, asked: str | None, configs: list[Path], checkpoint: Path | None) -> Path:
-    """Where a run writes; the processes that a distributed run starts are told by the first one."""
+def _run_directory(verb: str, asked: str | None, configs: list[Path], checkpoint: Path | None) -> tuple[Path, bool]:
+    """Where a run writes, and whether that must be a new folder.
+
+    The processes that a distributed run starts are told by the first one.
+    """
     told = os.environ.get(_RUN_DIR_VARIABLE)
     if told and "LOCAL_RANK" in os.environ:
-        return Path(told)
+        return Path(told), False
     if asked:
-        directory = Path(asked)
-    elif checkpoint is not None:
-        directory = checkpoint.parent if verb == "fit" else checkpoint.parent / verb
-    elif _started_from_outside():
+        return Path(asked), False
+    if checkpoint is not None:
+        return (checkpoint.parent if verb == "fit" else checkpoint.parent / verb), False
+    if _started_from_outside():
         raise ConfigError(
             "several processes were started from outside (torchrun, srun): name their folder with --run_dir"
         )
-    else:
-        directory = _unused(Path("runs") / (configs[-1].stem if configs else verb))
-    os.environ[_RUN_DIR_VARIABLE] = str(directory)
-    return directory
+    return _unused(Path("runs") / (configs[-1].stem if configs else verb)), True
 
 
 def _started_from_outside() -> bool:

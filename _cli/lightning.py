@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 import warnings
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ _EXPECTED_WARNINGS = (
     r"Found \d+ module\(s\) in eval mode",
     r"The number of training batches .* is smaller than the logging interval",
     r".*does not have many workers",
+    r".*recommended to use `self\.log\(.*sync_dist=True",  # every process holds the same AP
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
 
@@ -74,6 +76,8 @@ class EffvitCLI(LightningCLI):
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        # What is said before there is a run folder: network and data may still be refused, and then there is none.
+        self._early = MemoryHandler(capacity=1000, flushLevel=logging.CRITICAL + 1)
         _quieten()
         super().__init__(
             Task,
@@ -119,6 +123,7 @@ class EffvitCLI(LightningCLI):
             "--save_every_n_steps", type=int, default=200, help="Write last.ckpt every so many optimizer steps."
         )
         parser.link_arguments("data", "model.init_args.categories", compute_fn=self._categories, apply_on="instantiate")
+        parser.link_arguments("data", "model.init_args.pad_divisor", compute_fn=_pad_divisor, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without LightningCLI's warning about ``sys.argv``, from which ``args`` was made."""
@@ -129,6 +134,8 @@ class EffvitCLI(LightningCLI):
 
         jsonargparse turns whatever a constructor raises into "does not validate against any of the union subtypes".
         """
+        log.setLevel(logging.INFO)
+        log.addHandler(self._early)
         try:
             super().instantiate_classes()
         except Exception as error:
@@ -139,18 +146,23 @@ class EffvitCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the run folder, the loggers and the callbacks of effvit."""
-        self.run.directory.mkdir(parents=True, exist_ok=True)
+        self.run.claim_directory()
         _log_to(self.run.directory)
         self._report_environment()
+        for record in self._early.buffer:
+            log.handle(record)
         self.trainer_defaults["callbacks"] = [*self._callbacks(), *self.run.callbacks]
         chosen = self._get(self.config_init, "trainer")["logger"]
         logger = self._loggers() if chosen in (None, True) else chosen
+        if logger and self.subcommand == "fit":
+            self.trainer_defaults["callbacks"].append(LearningRateMonitor("step"))
         return super().instantiate_trainer(default_root_dir=str(self.run.directory), logger=logger, **kwargs)
 
     def after_fit(self) -> None:
         """Evaluates the final weights where training stopped between two validations (``max_steps``, ``max_time``)."""
         dry_run = self._get(self.config_init, "trainer")["fast_dev_run"]
-        if self.model.result is None and not dry_run and self.trainer.limit_val_batches:
+        evaluated = self.model.evaluated_step == self.trainer.global_step
+        if not evaluated and not dry_run and self.trainer.limit_val_batches:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
 
     def after_validate(self) -> None:
@@ -168,8 +180,12 @@ class EffvitCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Loads the weights to evaluate; `fit` leaves that to the Trainer, which restores the optimizer too."""
-        if self.run.checkpoint is not None and self.subcommand != "fit":
+        if self.subcommand == "fit":
+            return
+        if self.run.checkpoint is not None:
             self.model.load_weights(self.run.checkpoint["state_dict"], str(self.run.checkpoint_path))
+        elif not self.model.hparams["checkpoint"]:
+            log.warning("these weights were never trained: pass --checkpoint, or --model.checkpoint beside -c")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
@@ -187,7 +203,7 @@ class EffvitCLI(LightningCLI):
         if self.subcommand == "fit":
             decay = self._get(self.config_init, "ema_decay")
             callbacks += [EMA(decay)] if decay else []
-            callbacks += [LearningRateMonitor("step"), RunCheckpoint(self._get(self.config_init, "save_every_n_steps"))]
+            callbacks += [RunCheckpoint(self._get(self.config_init, "save_every_n_steps"))]
         if self.subcommand != "predict":
             callbacks += [RunReport()]
         return callbacks
@@ -206,7 +222,7 @@ class EffvitCLI(LightningCLI):
         declared: dict[int, str] | None = getattr(data, "categories", None)
         if stored is None:
             return declared or {}
-        if declared is not None and not declared.items() <= stored.items():
+        if declared is not None and declared != stored:
             raise CheckpointError(_explain_classes(str(self.run.checkpoint_path), stored, declared))
         return dict(stored)
 
@@ -241,12 +257,18 @@ def _quieten() -> None:
         logging.getLogger(name).addFilter(lambda record: "💡" not in record.getMessage())
 
 
+def _pad_divisor(data: LightningDataModule) -> int:
+    return int(getattr(data, "pad_divisor", 32))
+
+
 def _explain_classes(path: str, stored: dict[int, str], declared: dict[int, str]) -> str:
     odd = [f"{number}: {name}" for number, name in declared.items() if stored.get(number) != name]
+    odd += [f"{number}: {name} (missing)" for number, name in stored.items() if number not in declared]
+    more = f" and {len(odd) - 10} more" if len(odd) > 10 else ""
     return (
         f"{path} was trained on {len(stored)} classes, {Categories(stored).to_dict()}; the data declares "
-        f"{len(declared)}, of which these differ: {', '.join(odd[:10])}. Evaluate it on data with the classes it "
-        "knows, or train on this data with --model.pretrained."
+        f"{len(declared)}. These differ: {', '.join(odd[:10])}{more}. Use data that declares the same categories, used "
+        "or not; or train on this data, starting from a backbone with --model.pretrained."
     )
 
 

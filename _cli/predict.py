@@ -38,7 +38,7 @@ def predict(words: Sequence[str]) -> int:
     checkpoint = read_run(path)
     output = Path(own.output) if own.output else path.parent / "predictions"
     writer = PredictionWriter(output, own.score_threshold)
-    settings = _settings(checkpoint, stored_config(checkpoint, path), own)
+    settings = _settings(checkpoint, stored_config(checkpoint, path, "predict"), own)
     with TemporaryConfig(settings) as [config]:
         arguments = ["--config", str(config), *rest]
         run = Run("predict", arguments, output, allocator, checkpoint, path, [writer])
@@ -60,9 +60,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1], not {text}")
+        raise argparse.ArgumentTypeError(f"must be a number in [0, 1], not {text}")
     return value
 
 
@@ -71,6 +74,7 @@ def _settings(checkpoint: dict[str, Any], stored: str, own: argparse.Namespace) 
     config = yaml.safe_load(stored)
     inputs = {name: _plain(value) for name, value in checkpoint["effvit"]["inputs"].items()}
     init_args = {"images": own.images, "batch_size": own.batch_size, "num_workers": own.num_workers, **inputs}
+    config["trainer"]["devices"] = 1  # one process writes the results
     config["data"] = {"class_path": "effvit.datamodules.ImageFiles", "init_args": init_args}
     return str(yaml.safe_dump(config))
 

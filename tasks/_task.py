@@ -89,20 +89,21 @@ def freeze_norm_statistics(module: nn.Module) -> None:
             child.eval()
 
 
-def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: Tensor, std: Tensor) -> Tensor:
+def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Turns uint8 images into what the backbone was trained on, with zeros in the padding.
 
     Args:
         images: uint8 ``(B, 3, H, W)``, RGB, padded at the bottom and the right.
         sizes: Height and width of each image before padding, in pixels.
-        mean: Channel means in ``[0, 1]``, of shape ``(3,)``.
-        std: Channel standard deviations in ``[0, 1]``, of shape ``(3,)``.
+        mean: Channel means in ``[0, 1]``.
+        std: Channel standard deviations in ``[0, 1]``.
 
     Returns:
         float32 ``(B, 3, H, W)``. The padding is zeroed after the normalisation, as MMDetection pads.
     """
-    scale = (1 / (255 * std)).view(1, 3, 1, 1)
-    shift = (mean / std).view(1, 3, 1, 1)
+    deviation = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    scale = 1 / (255 * deviation)
+    shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1) / deviation
     result = images.to(torch.float32).mul_(scale).sub_(shift)
     for image, (height, width) in zip(result, sizes, strict=True):
         image[:, height:].zero_()

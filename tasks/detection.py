@@ -52,6 +52,8 @@ class Detection(Task):
         detections_per_image: Most detections that an image may have.
         coco_backend: ``hotcoco``, or ``pycocotools``, the slower reference with the same digits.
         per_class_ap: Also compute the AP of each class.
+        pad_divisor: Each image counts as padded to a multiple of this; anchors beyond are left out of the loss. The
+            command line takes it from the data.
         channels_last: Keep feature maps in channels-last memory, the faster layout for convolutions.
         optimizer: Makes the optimizer from parameter groups.
         lr_scheduler: Makes the schedule, stepped once per epoch.
@@ -81,6 +83,7 @@ class Detection(Task):
         detections_per_image: int = 100,
         coco_backend: str = "hotcoco",
         per_class_ap: bool = False,
+        pad_divisor: int = 32,
         channels_last: bool = True,
         optimizer: OptimizerCallable = lambda groups: AdamW(groups, lr=1e-4, weight_decay=0.05),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -103,13 +106,14 @@ class Detection(Task):
             score_threshold=score_threshold,
             nms_threshold=nms_threshold,
             detections_per_image=detections_per_image,
+            pad_divisor=pad_divisor,
         )
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.detector.to(memory_format=self.memory_format)
-        self.register_buffer("mean", torch.tensor(network.input_spec.mean), persistent=False)
-        self.register_buffer("std", torch.tensor(network.input_spec.std), persistent=False)
+        self.input_spec = network.input_spec
         self.evaluator = CocoEvaluator(backend=coco_backend)
         self.result: CocoResult | None = None
+        self.evaluated_step: int | None = None
         if checkpoint is not None:
             self._start_from(checkpoint)
 
@@ -139,7 +143,8 @@ class Detection(Task):
         """Normalised images ``(B, 3, H, W)`` and their sizes (height, width) before padding, in pixels."""
         images, targets = batch
         sizes = [target["size"] for target in targets]
-        images = normalise(images, sizes, cast("Tensor", self.mean), cast("Tensor", self.std))
+        images = normalise(images, sizes, self.input_spec.mean, self.input_spec.std)
+        images = images.to(self.dtype)  # of the weights: float32 unless the Trainer runs in bf16-true or 16-true
         return images.contiguous(memory_format=self.memory_format), sizes
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
@@ -190,6 +195,10 @@ class Detection(Task):
         self._log_coco("test", "test")
 
     def _log_coco(self, stage: str, prefix: str) -> None:
+        if self.trainer.sanity_checking:
+            self.evaluator.reset()
+            return
+        self.evaluated_step = self.trainer.global_step
         data = cast("_GroundTruth", self.trainer.datamodule)  # type: ignore[attr-defined]
         self.result = self.evaluator.compute(data.ground_truth(stage), per_class=self.per_class_ap)
         self.evaluator.reset()

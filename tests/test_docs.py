@@ -80,3 +80,10 @@ def test_a_documented_command_runs(command, folder, cli, monkeypatch):
 def test_a_documented_example_runs(source, folder, monkeypatch):
     monkeypatch.chdir(folder)
     exec(compile(source, "example", "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_links_to_exists(page):
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
+    for target in targets:
+        assert (page.parent / target).is_file(), target

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from effvit.backbones import FeaturePyramid
 
-_PAD_DIVISOR = 32  # MMDetection's pad_size_divisor, by which an image's own area in the batch is known
-
 
 class RetinaNet(nn.Module):
     """One-stage detector: a shared convolutional head on every level of a feature pyramid.
@@ -43,6 +41,7 @@ class RetinaNet(nn.Module):
         nms_threshold: IoU above which the weaker of two boxes of one class is dropped.
         candidates_per_level: Best candidates that each level may put forward before suppression.
         detections_per_image: Best detections kept for an image.
+        pad_divisor: MMDetection's ``pad_size_divisor``, by which an image's own area in the batch is known.
 
     Raises:
         ConfigError: A count or threshold out of its range.
@@ -58,6 +57,7 @@ class RetinaNet(nn.Module):
         nms_threshold: float = 0.5,
         candidates_per_level: int = 1000,
         detections_per_image: int = 100,
+        pad_divisor: int = 32,
     ) -> None:
         super().__init__()
         _at_least("num_classes", num_classes, 1)
@@ -75,6 +75,7 @@ class RetinaNet(nn.Module):
         self.nms_threshold = nms_threshold
         self.candidates_per_level = candidates_per_level
         self.detections_per_image = detections_per_image
+        self.pad_divisor = pad_divisor
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Raw outputs of the head.
@@ -134,7 +135,8 @@ class RetinaNet(nn.Module):
         self, anchors: Tensor, boxes: Tensor, map_sizes: Sequence[tuple[int, int]], size: tuple[int, int]
     ) -> Tensor:
         """Object index of every anchor ``(A,)`` of one image, ``BACKGROUND`` or ``IGNORED``."""
-        padded = (math.ceil(size[0] / _PAD_DIVISOR) * _PAD_DIVISOR, math.ceil(size[1] / _PAD_DIVISOR) * _PAD_DIVISOR)
+        height, width = (math.ceil(side / self.pad_divisor) * self.pad_divisor for side in size)
+        padded = (height, width)
         inside = self.anchors.inside(map_sizes, padded, anchors.device)
         if inside is None:
             return assign(anchors, boxes)
@@ -217,7 +219,7 @@ def _focal_loss(logits: Tensor, matched: Tensor, positive_labels: Tensor) -> Ten
 
 
 def _make_head(channels: int, num_anchors: int, num_classes: int, num_convs: int) -> RetinaNetHead:
-    """The head of torchvision, by whose names published checkpoints load, with any number of convolutions."""
+    """The head of torchvision, under its names, with any number of convolutions."""
     head = RetinaNetHead(channels, num_anchors, num_classes)
     for branch in (head.classification_head, head.regression_head):
         branch.conv = nn.Sequential(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -156,6 +157,52 @@ def test_a_checkpoint_of_another_backbone_or_other_classes(cli, tiny_run, coco_r
     )  # fmt: skip
     assert done.code == 1
     assert "trained on 10 classes, the data has 3" in done.err
+
+
+def test_a_checkpoint_is_not_used_on_fewer_classes(cli, tiny_coco_run, tmp_path):
+    """Labels would shift silently: the third class of three is the second of two."""
+    data, run = tiny_coco_run
+    shutil.copytree(data, tmp_path / "data")
+    for path in (tmp_path / "data" / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        content["categories"] = content["categories"][1:]
+        known = {entry["id"] for entry in content["categories"]}
+        content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] in known]
+        path.write_text(json.dumps(content))
+    for words in (["test", "--checkpoint"], ["fit", "--resume"]):
+        done = cli.run(*words, run / "last.ckpt", "--data.root", tmp_path / "data")
+        assert done.code == 1
+        assert "trained on 3 classes" in done.err
+        assert "(missing)" in done.err
+
+
+def test_a_truncated_image_met_by_a_worker_is_named_in_one_line(cli, coco_root, tmp_path):
+    path = coco_root / "train" / "000003.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+    done = cli.run(
+        "fit", "-c", "detection/finetune", "--data.root", coco_root, "--data.image_size", "[64,64]",
+        "--data.num_workers", "1", "--model.pyramid_channels", "16", "--trainer.max_epochs", "1",
+        "--trainer.limit_val_batches", "0", "--run_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert done.code == 1
+    told = done.err[done.err.index("effvit: ") :]
+    assert "000003.jpg" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+def test_an_accelerator_that_is_not_there(cli, tmp_path):
+    done = cli.run(
+        "fit", "-c", "detection/digits", *cli.tiny, "--trainer.accelerator", "gpu", "--run_dir", tmp_path / "run"
+    )
+    assert done.code == 2
+    assert "gpu" in done.err.lower()
+
+
+def test_weights_that_were_never_trained_are_not_evaluated_in_silence(cli, tmp_path):
+    done = cli.run("validate", "-c", "detection/digits", *cli.tiny, "--run_dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert "never trained" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_check_data_reports_every_fault_and_fails(cli, coco_root):

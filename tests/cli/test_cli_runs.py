@@ -6,7 +6,10 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import cv2
 import pytest
@@ -96,9 +99,90 @@ def test_the_backbone_is_one_flag(cli, tmp_path, coco_root):
             "--run_dir", folder,
         )  # fmt: skip
         assert done.code == 0, done.err
+        assert "AP50" in done.out
+        assert (folder / "predictions.png").is_file()
         done = cli.run("test", "--checkpoint", folder / "last.ckpt")
         assert done.code == 0, done.err
         assert "AP50" in done.out
+
+
+def test_a_checkpoint_needs_none_of_the_files_it_started_from(cli, tiny_coco_run, tmp_path):
+    from effvit.backbones import create_backbone
+
+    data, run = tiny_coco_run
+    started = tmp_path / "backbone.pth"
+    torch.save({"model": create_backbone("efficientvit_m0").state_dict()}, started)
+    done = cli.run(
+        "fit",
+        "-c",
+        run / "config.yaml",
+        "--model.pretrained",
+        started,
+        "--data.root",
+        data,
+        "--run_dir",
+        tmp_path / "run",
+    )
+    assert done.code == 0, done.err
+    assert "matched" in (tmp_path / "run" / "log.txt").read_text()
+    started.unlink()
+    for words in (["test", "--checkpoint"], ["fit", "--resume"]):
+        done = cli.run(*words, tmp_path / "run" / "last.ckpt")
+        assert done.code == 0, done.err
+
+
+def test_prediction_prepares_images_as_validation_did(tiny_run):
+    stored = torch.load(tiny_run / "best.ckpt", weights_only=True)
+    assert stored["effvit"]["inputs"] == {"image_size": (64, 64), "pad_divisor": 16}
+    assert stored["hyper_parameters"]["pad_divisor"] == 16
+
+
+@pytest.mark.parametrize("extra", [["--trainer.precision", "bf16-mixed"], ["--trainer.logger", "false"]])
+def test_the_embedded_default_takes_the_usual_options(cli, tmp_path, extra):
+    words = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--run_dir", tmp_path / "run"]
+    done = cli.run("fit", "-c", "detection/digits", *cli.tiny, *words, *extra)
+    assert done.code == 0, done.err
+
+
+def test_runs_are_numbered_and_never_share_a_folder(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--trainer.max_steps", "1", "--trainer.limit_val_batches", "0"]
+    for _ in range(2):
+        assert cli.run("fit", "-c", "detection/digits", *cli.tiny, *words).code == 0
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits", "digits-2"]
+
+
+@pytest.mark.slow
+def test_the_embedded_default_learns_to_find_digits(cli, tmp_path):
+    """README's first command, from scratch, as promised there."""
+    done = cli.run("fit", "-c", "detection/digits", "--run_dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    done = cli.run("validate", "--checkpoint", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert json.loads((tmp_path / "run" / "validate" / "metrics.json").read_text())["val/AP50"] >= 0.8
+
+
+@pytest.mark.realdata
+def test_the_published_recipe_runs_on_real_images(cli, real_data, tmp_path):
+    """The command of the documentation, at a size that a CPU does in seconds."""
+    words = "--data.image_size [160,128] --model.pyramid_channels 16 --data.num_workers 0".split()
+    done = cli.run(
+        "fit", "-c", "detection/retinanet_1x", "--model.backbone", "efficientvit_m4", "--data.root",
+        real_data / "coco_tiny", "--trainer.max_steps", "3", *words, "--run_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    done = cli.run("test", "--checkpoint", tmp_path / "run" / "last.ckpt")
+    assert done.code == 0, done.err
+    metrics = json.loads((tmp_path / "run" / "test" / "metrics.json").read_text())
+    assert 0 <= metrics["test/AP50"] <= 1
+
+
+def test_the_script_at_the_root_is_the_same_command():
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "cli.py", "configs"], cwd=root, env=os.environ, capture_output=True, text=True, check=True
+    )
+    assert "detection/retinanet_1x" in done.stdout
 
 
 def test_a_run_without_backbone_weights_and_with_fixed_statistics_says_so(cli, tmp_path, coco_root):

@@ -41,8 +41,9 @@ def batch(sizes=((64, 96), (50, 70))):
 
 def test_images_are_normalised_and_then_padded_with_zeros():
     images, targets = batch()
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     found = normalise(images, [target["size"] for target in targets], mean, std)
+    mean, std = torch.tensor(mean), torch.tensor(std)
     for number, (height, width) in enumerate(target["size"] for target in targets):
         inside = (images[number].double() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
         torch.testing.assert_close(
@@ -116,7 +117,7 @@ def test_weights_of_another_network_are_refused_with_the_reason(task):
             Detection("efficientvit_m1", CLASSES, pyramid_channels=16, head_convs=1).state_dict(), "a.ckpt"
         )
     other = Detection("efficientvit_m0", {0: "one"}, pyramid_channels=16, head_convs=1).state_dict()
-    with pytest.raises(CheckpointError, match="a.ckpt was trained on 1 classes, the data has 3: disc, bar, ring"):
+    with pytest.raises(CheckpointError, match=r"a\.ckpt was trained on 1 classes, the data has 3: disc, bar, ring"):
         task.load_weights(other, "a.ckpt")
 
 
@@ -149,7 +150,7 @@ def test_eight_real_images_are_learnt_by_heart(cli, real_data, tmp_path):
     counts = {image["id"]: 0 for image in data["images"]}
     for annotation in data["annotations"]:
         counts[annotation["image_id"]] += not annotation["iscrowd"]
-    chosen = sorted((number for number in counts if 1 <= counts[number] <= 6))[:8]
+    chosen = sorted(number for number in counts if 1 <= counts[number] <= 6)[:8]
     data["images"] = [image for image in data["images"] if image["id"] in chosen]
     data["annotations"] = [entry for entry in data["annotations"] if entry["image_id"] in chosen]
     (tmp_path / "annotations").mkdir()
