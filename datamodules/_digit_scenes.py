@@ -17,7 +17,7 @@ from pycocotools import mask as mask_api
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # Part of the cache folder's name: to be raised with every change to what a scene looks like.
-VERSION = 4
+VERSION = 5
 # Images of digits that only validation scenes use, one in five.
 _HELD_OUT = 5
 # How much the 8x8 digits are enlarged smoothly before they are turned.
@@ -180,7 +180,7 @@ def _place(random: np.random.Generator, digit: Array, height: float, taken: Arra
 def _write(random: np.random.Generator, digit: Array, height: float) -> Array:
     """Ink of a digit in 0 … 1, ``(h, w)``, smooth, a little turned, slanted and stretched, cropped."""
     scale = height / 8 / _FINE
-    angle, slant = random.uniform(-0.2, 0.2), random.uniform(-0.25, 0.25)
+    angle, slant = random.uniform(-0.15, 0.15), random.uniform(-0.2, 0.2)
     stretch = random.uniform(0.85, 1.15)
     turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     linear = turn @ np.array([[stretch, slant], [0.0, 1.0]]) * scale
@@ -200,7 +200,7 @@ def _write(random: np.random.Generator, digit: Array, height: float) -> Array:
 
 def _paper(random: np.random.Generator, size: int) -> tuple[Array, bool]:
     """Paper float32 ``(size, size, 3)`` in 0 … 255 with a light gradient and texture, and whether its ink is dark."""
-    ink_is_dark = bool(random.random() < 0.9)
+    ink_is_dark = bool(random.random() < 0.95)
     level = random.uniform(185, 245) if ink_is_dark else random.uniform(15, 75)
     tint = level + random.uniform(-22, 22, 3)
     ramp = np.linspace(-1.0, 1.0, size, dtype=np.float32)
