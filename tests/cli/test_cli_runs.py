@@ -16,6 +16,8 @@ import pytest
 import torch
 import yaml
 
+from effvit._cli.shipped import shipped_configs
+
 
 def wait_for(path, process, seconds=120.0):
     """Waits until a running command has written a file."""
@@ -202,7 +204,9 @@ def test_configs_merge_from_left_to_right_and_options_win(cli, tmp_path):
     config = yaml.safe_load(done.out)
     assert config["trainer"]["max_epochs"] == 7
     assert config["model"]["init_args"]["head_convs"] == 1
-    assert config["model"]["init_args"]["pyramid_channels"] == 64
+    shipped = yaml.safe_load(shipped_configs()["detection/digits"].read_text())["model"]["init_args"]
+    assert config["model"]["init_args"]["pyramid_channels"] == shipped["pyramid_channels"]
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == shipped["optimizer"]["init_args"]["lr"]
 
 
 def test_the_allocator_can_be_left_alone(cli, tmp_path):
