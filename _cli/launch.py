@@ -28,7 +28,7 @@ OWN_OPTIONS = """\
 effvit's own options, beside those below:
   -c NAME            a config file, or the name of a shipped one; may repeat, later ones win
   --run_dir DIR      folder of the run (default: runs/NAME, numbered if it exists)
-  --allocator CHOICE tuned (default): keep freed memory in the process on Linux, 1.2-1.6 times as fast; or default
+  --allocator CHOICE tuned (default): keep freed memory in the process (Linux); or default
   --resume FILE      fit: go on from runs/NAME/last.ckpt, with the settings saved in it
   --checkpoint FILE  validate, test: rebuild data and network from a checkpoint
 """
