@@ -1,8 +1,8 @@
 """glibc's allocator, set up for tensors.
 
-By default glibc hands every large block back to the kernel and faults it in again at the next step. Keeping freed memory
-is set through ``mallopt``, in this process, before torch allocates; forked workers inherit it. What it gains depends on
-the machine: `benchmarks/README.md`.
+By default glibc hands every large block back to the kernel and faults it in again at the next step. Keeping freed
+memory is set through ``mallopt``, in this process, before torch allocates; forked workers inherit it. What it gains
+depends on the machine: `benchmarks/README.md`.
 """
 
 from __future__ import annotations
