@@ -26,6 +26,12 @@ class ExportError(EffvitError, RuntimeError):
     """A model that cannot be exported, or an exported model that disagrees with its source."""
 
 
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """``"Did you mean 'a' or 'b'?"``, or nothing where no choice is close to ``name``."""
+    near = difflib.get_close_matches(name, sorted(choices), n=3, cutoff=0.6)
+    return f"Did you mean {' or '.join(repr(choice) for choice in near)}?" if near else ""
+
+
 def close_matches(name: str, choices: Iterable[str]) -> str:
     """Words the tail of an error message about an unknown name.
 
@@ -37,7 +43,4 @@ def close_matches(name: str, choices: Iterable[str]) -> str:
         ``"Did you mean 'a' or 'b'?"`` where something is close, otherwise ``"Choose from: a, b, c."``.
     """
     known = sorted(choices)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if near:
-        return "Did you mean " + " or ".join(repr(choice) for choice in near) + "?"
-    return "Choose from: " + ", ".join(known) + "."
+    return did_you_mean(name, known) or "Choose from: " + ", ".join(known) + "."

@@ -132,18 +132,27 @@ def _stored_settings(run: Run, source: str | None) -> AbstractContextManager[lis
     """The configuration inside a checkpoint, as a file for the parser."""
     if source is None:
         return nullcontext([])
-    from effvit.tasks import read_run
-
-    path = Path(source)
-    if path.is_dir():
-        path = path / ("last.ckpt" if run.verb == "fit" else "best.ckpt")
-    content = read_run(path)
+    path, content = open_run(source, run.verb)
     run.checkpoint_path = path
     config = stored_config(content, path, run.verb)
     # For a resumed run the Trainer reads the weights: they are not kept twice.
     kept = ("hyper_parameters", "global_step") if run.verb == "fit" else ("hyper_parameters", "state_dict")
     run.checkpoint = {name: content[name] for name in kept}
     return TemporaryConfig(config)
+
+
+def open_run(source: str, verb: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a path means: a file, or in the folder of a run the one to resume or to evaluate.
+
+    Returns:
+        Its file and its content.
+    """
+    from effvit.tasks import read_run
+
+    path = Path(source)
+    if path.is_dir():
+        path = path / ("last.ckpt" if verb == "fit" else "best.ckpt")
+    return path, read_run(path)
 
 
 #: Settings of the Trainer that belong to the training machine or to its length, and not to what is evaluated.

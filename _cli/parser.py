@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from typing import NoReturn
 
@@ -13,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from effvit.errors import ConfigError
+from effvit.errors import ConfigError, did_you_mean
 
 # What jsonargparse prints around the reason: the types it tried, and the value once more.
 _NOISE = re.compile(
@@ -38,19 +37,20 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         lines = [line.strip(" -") for line in message.splitlines() if line.strip() and not _NOISE.match(line)]
         command = self.prog.replace(" [options]", "")
-        raise ConfigError("\n".join([*lines, f"{self._hint(message)}`{command} --help` lists every option."])) from ex
+        hints = [hint for hint in (self._hint(message),) if hint]
+        raise ConfigError("\n".join([*lines, *hints, f"`{command} --help` lists every option."])) from ex
 
     def _hint(self, message: str) -> str:
         """``Did you mean ...?`` where a name in the message is close to one that exists."""
         if unknown := re.search(r"unrecognized arguments: (--[^\s=]+)", message, re.IGNORECASE):
-            return _did_you_mean(unknown[1], self._option_strings())
+            return did_you_mean(unknown[1], self._option_strings())
         if option := re.search(r"Option '([^']+)' is not accepted", message):
             owner = re.findall(r"class_path '([^']+)'", message)
             choices = _init_arguments(owner[-1]) if owner else self._destinations()
-            return _did_you_mean(option[1], choices)
+            return did_you_mean(option[1], choices)
         for pattern in _CLASS_MENTIONS:
             if name := re.search(pattern, message):
-                return _did_you_mean(name[1].strip("'\""), _class_names())
+                return did_you_mean(name[1].strip("'\""), _class_names())
         return ""
 
     def _option_strings(self) -> set[str]:
@@ -65,11 +65,6 @@ class Parser(LightningArgumentParser):
         return {option.removeprefix("--").split(".")[0] for option in self._option_strings()} | {
             option.removeprefix("--") for option in self._option_strings()
         }
-
-
-def _did_you_mean(name: str, choices: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, sorted(choices), n=3, cutoff=0.6)
-    return f"Did you mean {' or '.join(repr(choice) for choice in near)}?\n" if near else ""
 
 
 def _init_arguments(class_path: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from effvit._cli.allocator import tune_allocator
-from effvit._cli.launch import Run, TemporaryConfig, start, stored_config
+from effvit._cli.launch import Run, TemporaryConfig, open_run, start, stored_config
 
 _DESCRIPTION = """\
 Detects objects in images: annotated pictures and a COCO results JSON in the output folder.
@@ -30,12 +30,8 @@ def predict(words: Sequence[str]) -> int:
     own, rest = _parser().parse_known_args(list(words))
     allocator = tune_allocator(own.allocator)
     from effvit.callbacks.predictions import PredictionWriter
-    from effvit.tasks import read_run
 
-    path = Path(own.checkpoint)
-    if path.is_dir():
-        path = path / "best.ckpt"
-    checkpoint = read_run(path)
+    path, checkpoint = open_run(own.checkpoint, "predict")
     output = Path(own.output) if own.output else path.parent / "predictions"
     writer = PredictionWriter(output, own.score_threshold)
     settings = _settings(checkpoint, stored_config(checkpoint, path, "predict"), own)
