@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import Module
 
 from effvit.backbones._contract import Backbone, Classifier
 from effvit.backbones._registry import build, list_backbones
@@ -78,15 +79,22 @@ def load_checkpoint(network: Backbone | Classifier, path: str | Path, *, strict:
     path = Path(path)
     state = read_checkpoint(path)
     backbone = network.backbone if isinstance(network, Classifier) else network
-    report, values = _match(state, backbone, _targets(network, backbone))
-    trunk = backbone.state_dict().keys()
-    if strict and not trunk.isdisjoint({*report.missing, *report.mismatched}):
+    report, values = _match(state, backbone, _targets(network))
+    if strict and not _required(network, backbone).isdisjoint({*report.missing, *report.mismatched}):
         raise CheckpointError(f"{path} does not fill {backbone.info.name}: {_verdict(state, backbone)}.\n{report}")
-    for part, prefix in ((backbone, ""), (network.head if isinstance(network, Classifier) else None, "head.")):
-        if part is not None:
-            own = part.state_dict().keys()
-            part.load_state_dict({name: values[prefix + name] for name in own if prefix + name in values}, strict=False)
+    for prefix, part in _parts(network).items():
+        own = part.state_dict().keys()
+        part.load_state_dict({name: values[prefix + name] for name in own if prefix + name in values}, strict=False)
     return report
+
+
+def has_distillation_head(path: str | Path) -> bool:
+    """Whether a checkpoint holds a second head, which learned from a teacher.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    return any(re.search(r"(^|\.)(head_dist|dist_head)\.", key) for key in read_checkpoint(path))
 
 
 def open_checkpoint(path: str | Path) -> Any:
@@ -173,12 +181,25 @@ def _describe(content: Any) -> str:
     return f"an object of type {type(content).__name__}"
 
 
-def _targets(network: Backbone | Classifier, backbone: Backbone) -> dict[str, Tensor]:
-    """What a checkpoint can fill, trunk names bare and those of a head under ``head.``."""
-    targets = dict(backbone.state_dict())
-    if isinstance(network, Classifier):
-        targets |= {f"head.{name}": value for name, value in network.head.state_dict().items()}
-    return targets
+def _parts(network: Backbone | Classifier) -> dict[str, Module]:
+    """The parts of a network by the prefix of their entries: trunk names are bare."""
+    if not isinstance(network, Classifier):
+        return {"": network}
+    parts = {"": network.backbone, "head.": network.head, "head_dist.": network.head_dist}
+    return {prefix: part for prefix, part in parts.items() if part is not None}
+
+
+def _required(network: Backbone | Classifier, backbone: Backbone) -> set[str]:
+    """The entries that a checkpoint must have: those of the trunk that the network reads."""
+    optional = backbone.fresh_allowed + (() if isinstance(network, Classifier) else backbone.embed_only)
+    return {name for name in backbone.state_dict() if not name.startswith(optional)}
+
+
+def _targets(network: Backbone | Classifier) -> dict[str, Tensor]:
+    """What a checkpoint can fill."""
+    return {
+        prefix + name: value for prefix, part in _parts(network).items() for name, value in part.state_dict().items()
+    }
 
 
 def _match(
@@ -187,13 +208,15 @@ def _match(
     """Sorts a file's entries, and the values to load by our name."""
     values: dict[str, Tensor] = {}
     unexpected, resized, mismatched = [], [], []
-    for key, name in _names(state, backbone, targets):
+    prefix = _prefix(state, backbone, targets)
+    for key, name in _names(state, backbone, prefix):
         if name is None:
             continue
         if name not in targets:
             unexpected.append(key)
             continue
         value, shape = state[key], targets[name].shape
+        value = backbone.convert_value(key.removeprefix(prefix), value)
         if value.shape != shape:
             fitted = _fit(backbone, name, value, shape)
             if fitted is None:
@@ -210,23 +233,25 @@ def _match(
 
 
 def _fit(backbone: Backbone, name: str, value: Tensor, shape: torch.Size) -> Tensor | None:
-    """The value in the network's shape: pointwise weights once saved as matrices, and position tables."""
-    if value.ndim == 2 and (*value.shape, 1, 1) == tuple(shape):
-        return value[:, :, None, None]
+    """The value in the network's shape: one that only lacks or has sides of length 1, or a position table."""
+    if [side for side in value.shape if side > 1] == [side for side in shape if side > 1]:
+        return value.reshape(shape)
     return backbone.resize_table(name, value, shape)
 
 
-def _names(
-    state: Mapping[str, Tensor], backbone: Backbone, targets: Mapping[str, Tensor]
-) -> list[tuple[str, str | None]]:
-    """Each key with our name for it, after the prefix under which most of the network is found."""
+def _prefix(state: Mapping[str, Tensor], backbone: Backbone, targets: Mapping[str, Tensor]) -> str:
+    """The prefix under which most of the network is found."""
     votes: Counter[str] = Counter()
     for key in state:
         for start in _starts(key):
             if backbone.convert_key(key[start:]) in targets:
                 votes[key[:start]] += 1
-    prefix = votes.most_common(1)[0][0] if votes else ""
-    # In a file of a whole classifier, the head stands beside the trunk's prefix and not under it.
+    return votes.most_common(1)[0][0] if votes else ""
+
+
+def _names(state: Mapping[str, Tensor], backbone: Backbone, prefix: str) -> list[tuple[str, str | None]]:
+    """Each key with our name for it, after the prefix of the network."""
+    # In a file of a whole classifier, the heads stand beside the trunk's prefix and not under it.
     around = prefix.removesuffix("backbone.")
     named: list[tuple[str, str | None]] = []
     for key in state:

@@ -9,6 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from effvit.backbones._recompute import recompute_later
+
 
 @dataclass(frozen=True)
 class FeatureMap:
@@ -51,27 +53,32 @@ class VariantInfo:
     Attributes:
         name: What ``create_backbone`` takes.
         family: Name of the family, as its paper spells it.
-        params: Parameters of the published 1000-class network.
-        macs: Multiply-accumulates of one 224x224 image through that network, attention products included.
-        top1: ImageNet-1k top-1 accuracy in percent.
-        top5: ImageNet-1k top-5 accuracy in percent.
+        params: Parameters of the published 1000-class network, both heads of a distilled one included.
+        macs: Multiply-accumulates of one image of the published size through that network: convolutions, linear layers
+            and attention products.
+        top1: ImageNet-1k top-1 accuracy in percent of the weights at `url` or `page`; ``None`` where unpublished.
+        top5: The same for top-5.
         paper: arXiv id.
         source: Where the figures were published.
-        licence: SPDX id of the published weights' licence.
-        url: The published weights.
-        sha256: Their hash, where the source publishes one.
+        licence: Licence of the published weights, its SPDX id where it has one.
+        origin: Who publishes the weights where, in a few words.
+        url: The published weights, or ``None`` where they lie on a drive that no program can fetch them from.
+        page: Where a person finds the weights; given where `url` is not.
+        sha256: The file's hash, or its first digits, where the source publishes it.
     """
 
     name: str
     family: str
     params: int
     macs: int
-    top1: float
-    top5: float
+    top1: float | None
+    top5: float | None
     paper: str
     source: str
     licence: str
-    url: str
+    origin: str
+    url: str | None
+    page: str | None = None
     sha256: str | None = None
 
 
@@ -86,6 +93,10 @@ class Backbone(nn.Module, ABC):
         num_features: Length of ``embed``'s vectors.
         num_layers: Steps of layer-wise learning-rate decay, the stem being step 0.
         input_spec: What the published weights expect.
+        distilled: Whether the published classifier has a second head, which learned from a teacher.
+        embed_only: Prefixes of the parameters that `embed` reads and `forward` does not.
+        fresh_allowed: Prefixes of parameters that a checkpoint may lack: they then start fresh, with a warning.
+        grad_checkpointing: Whether blocks forget their activations and compute them again in the backward pass.
     """
 
     info: VariantInfo
@@ -93,6 +104,10 @@ class Backbone(nn.Module, ABC):
     num_features: int
     num_layers: int
     input_spec: ClassVar[InputSpec] = InputSpec()
+    distilled: ClassVar[bool] = False
+    embed_only: ClassVar[tuple[str, ...]] = ()
+    fresh_allowed: ClassVar[tuple[str, ...]] = ()
+    grad_checkpointing: bool = False
 
     @abstractmethod
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -165,11 +180,42 @@ class Backbone(nn.Module, ABC):
         del name, table, shape
         return None
 
-    def prepare_for_dense(self) -> None:
-        """Brings the network to the form in which the authors train detectors; nothing to do for most families.
+    def convert_value(self, key: str, value: Tensor) -> Tensor:
+        """A checkpoint's entry with the meaning that this network gives it.
 
-        ``FeaturePyramid`` calls it. It may replace parameters, so it comes before the optimizer is made.
+        Args:
+            key: The published name, any prefix removed.
+            value: What the checkpoint holds.
+
+        Returns:
+            `value` itself but for entries that mean something else there, such as a stem that reads BGR.
         """
+        del key
+        return value
+
+    def prepare_for_dense(self) -> None:
+        """Brings the network to the form in which the authors train detectors.
+
+        ``FeaturePyramid`` calls it. It may replace parameters, so it comes before the optimizer is made. What only
+        `embed` reads is frozen: nothing of it would ever get a gradient.
+        """
+        for name, parameter in self.named_parameters():
+            if name.startswith(self.embed_only):
+                parameter.requires_grad_(False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trades a third more computation in training for the memory of the activations inside each block.
+
+        Gradients and BatchNorm statistics stay the same.
+        """
+        self.grad_checkpointing = enable
+
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        """One block of the trunk; `forward` calls its blocks through this, so that checkpointing is in one place."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return recompute_later(block, x)
+        out: Tensor = block(x)
+        return out
 
 
 class Classifier(nn.Module):
@@ -178,22 +224,28 @@ class Classifier(nn.Module):
     Args:
         backbone: The trunk.
         head: From ``backbone.make_classifier``.
+        head_dist: A second one, which learned from a teacher; the logits are then the mean of both heads.
     """
 
-    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+    def __init__(self, backbone: Backbone, head: nn.Module, head_dist: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.head_dist = head_dist
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(B, num_classes)`` of normalised images ``(B, 3, H, W)``."""
-        logits: Tensor = self.head(self.backbone.embed(images))
+        features = self.backbone.embed(images)
+        logits: Tensor = self.head(features)
+        if self.head_dist is not None:
+            logits = (logits + self.head_dist(features)) / 2
         return logits
 
     def fuse(self) -> Classifier:
-        """Fuses trunk and head in place for inference; see ``Backbone.fuse``."""
+        """Fuses trunk and heads in place for inference; see ``Backbone.fuse``."""
         self.backbone.fuse()
-        fuse_head = getattr(self.head, "fuse", None)
-        if fuse_head is not None:
-            fuse_head()
+        for head in (self.head, self.head_dist):
+            fuse_head = getattr(head, "fuse", None)
+            if fuse_head is not None:
+                fuse_head()
         return self

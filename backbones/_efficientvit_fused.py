@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effvit.backbones._fused import accumulate, bias_of, channels_last, frozen
 from effvit.backbones._windows import ShapeCache, cells_to_map, cut, expand_bias, is_recording, map_to_cells, merge
 
 if TYPE_CHECKING:
@@ -37,33 +38,13 @@ if TYPE_CHECKING:
     )
 
 
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach().clone(memory_format=torch.preserve_format), requires_grad=False)
-
-
-def _channels_last(convolution: nn.Conv2d) -> nn.Conv2d:
-    return convolution.requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def _bias(convolution: nn.Conv2d) -> Tensor:
-    assert convolution.bias is not None
-    return convolution.bias
-
-
-def _accumulate(onto: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``onto + left @ right``, in place where no gradient is recorded; `onto` must be the caller's own."""
-    if torch.is_grad_enabled() or onto.dtype != right.dtype:  # autocast only casts what is not in place
-        return torch.addmm(onto, left, right)
-    return onto.addmm_(left, right)
-
-
 class FusedStem(nn.Module):
     """``Stem`` with BatchNorm folded."""
 
     def __init__(self, stem: Stem) -> None:
         super().__init__()
         parts = (stem.conv1, stem.conv2, stem.conv3, stem.conv4)
-        self.convs = nn.ModuleList(_channels_last(part.fold()) for part in parts)
+        self.convs = nn.ModuleList(channels_last(part.fold()) for part in parts)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to ``(B, C, ceil(H / 16), ceil(W / 16))``."""
@@ -84,22 +65,22 @@ class FusedLocalMix(nn.Module):
 
     def __init__(self, depthwise: nn.Conv2d, widen: nn.Conv2d, narrow: nn.Conv2d) -> None:
         super().__init__()
-        late_bias = _bias(narrow)
+        late_bias = bias_of(narrow)
         with torch.no_grad():
             depthwise.weight[:, 0, 1, 1] += 1
-            _bias(depthwise).add_(late_bias)
+            bias_of(depthwise).add_(late_bias)
             first = widen.weight.flatten(1)
-            self.widen_bias = _frozen(_bias(widen) - first @ late_bias)
-        self.depthwise = _channels_last(depthwise)
-        self.widen = _frozen(first)
-        self.narrow = _frozen(narrow.weight.flatten(1))
+            self.widen_bias = frozen(bias_of(widen) - first @ late_bias)
+        self.depthwise = channels_last(depthwise)
+        self.widen = frozen(first)
+        self.narrow = frozen(narrow.weight.flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same."""
         x = self.depthwise(x)
         cells = map_to_cells(x)
         hidden = F.linear(cells, self.widen, self.widen_bias).relu_()
-        return cells_to_map(_accumulate(cells, hidden, self.narrow.t()), x)
+        return cells_to_map(accumulate(cells, hidden, self.narrow.t()), x)
 
 
 class _WindowConstants(NamedTuple):
@@ -120,13 +101,13 @@ class FusedAttention(nn.Module):
         projections = [cast("ConvNorm", part).fold() for part in attention.qkvs]
         mixers = [cast("ConvNorm", part).fold() for part in attention.dws]
         output = cast("ConvNorm", attention.proj["1"]).fold()
-        self.table = _frozen(attention.attention_biases)
-        self.qkv_weights = nn.ParameterList(_frozen(part.weight.flatten(1)) for part in projections)
-        self.qkv_biases = nn.ParameterList(_frozen(_bias(part)[:, None]) for part in projections)
-        self.mixer_weights = nn.ParameterList(_frozen(part.weight[:, 0]) for part in mixers)
-        self.mixer_biases = nn.ParameterList(_frozen(_bias(part)[:, None, None] * self.scale) for part in mixers)
-        self.output_weight = _frozen(output.weight.flatten(1))
-        self.output_bias = _frozen(_bias(output))
+        self.table = frozen(attention.attention_biases)
+        self.qkv_weights = nn.ParameterList(frozen(part.weight.flatten(1)) for part in projections)
+        self.qkv_biases = nn.ParameterList(frozen(bias_of(part)[:, None]) for part in projections)
+        self.mixer_weights = nn.ParameterList(frozen(part.weight[:, 0]) for part in mixers)
+        self.mixer_biases = nn.ParameterList(frozen(bias_of(part)[:, None, None] * self.scale) for part in mixers)
+        self.output_weight = frozen(output.weight.flatten(1))
+        self.output_bias = frozen(bias_of(output))
         self._cache: ShapeCache[_WindowConstants] = ShapeCache()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,12 +196,12 @@ class FusedPatchMerging(nn.Module):
     def __init__(self, merging: PatchMerging) -> None:
         super().__init__()
         widen, depthwise, narrow = merging.conv1.fold(), merging.conv2.fold(), merging.conv3.fold()
-        self.widen, self.widen_bias = _frozen(widen.weight.flatten(1)), _frozen(_bias(widen))
-        self.depthwise = _channels_last(depthwise)
+        self.widen, self.widen_bias = frozen(widen.weight.flatten(1)), frozen(bias_of(widen))
+        self.depthwise = channels_last(depthwise)
         squeeze, excite = merging.se.fc1, merging.se.fc2
-        self.squeeze, self.squeeze_bias = _frozen(squeeze.weight.flatten(1)), _frozen(_bias(squeeze))
-        self.excite, self.excite_bias = _frozen(excite.weight.flatten(1)), _frozen(_bias(excite))
-        self.narrow, self.narrow_bias = _frozen(narrow.weight.flatten(1)), _frozen(_bias(narrow))
+        self.squeeze, self.squeeze_bias = frozen(squeeze.weight.flatten(1)), frozen(bias_of(squeeze))
+        self.excite, self.excite_bias = frozen(excite.weight.flatten(1)), frozen(bias_of(excite))
+        self.narrow, self.narrow_bias = frozen(narrow.weight.flatten(1)), frozen(bias_of(narrow))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""

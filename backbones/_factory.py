@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from effvit.backbones._checkpoint import load_checkpoint
+from effvit.backbones._checkpoint import has_distillation_head, load_checkpoint
 from effvit.backbones._contract import Backbone, Classifier
 from effvit.backbones._download import fetch
-from effvit.backbones._registry import backbone_info, build
-from effvit.errors import ConfigError
+from effvit.backbones._registry import build
+from effvit.errors import CheckpointError, ConfigError
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def create_backbone(name: str, *, pretrained: bool | str | Path = False, **overr
     """
     backbone = build(name, overrides)
     if pretrained:
-        _load(backbone, name, pretrained)
+        _load(backbone, _weights(backbone, pretrained))
     return backbone
 
 
@@ -52,19 +52,36 @@ def create_classifier(
     if num_classes < 1:
         raise ConfigError(f"num_classes must be at least 1, got {num_classes}")
     backbone = build(name, overrides)
-    classifier = Classifier(backbone, backbone.make_classifier(num_classes))
-    if pretrained:
-        _load(classifier, name, pretrained)
+    path = _weights(backbone, pretrained) if pretrained else None
+    # A second head where the weights have one; without weights, as published.
+    distilled = backbone.distilled if path is None else has_distillation_head(path)
+    head_dist = backbone.make_classifier(num_classes) if distilled else None
+    classifier = Classifier(backbone, backbone.make_classifier(num_classes), head_dist)
+    if path is not None:
+        _load(classifier, path)
     return classifier
 
 
-def _load(network: Backbone | Classifier, name: str, pretrained: bool | str | Path) -> None:
-    path = _weights(name, pretrained)
-    _log.info("%s from %s: %s", name, path, load_checkpoint(network, path))
+def _load(network: Backbone | Classifier, path: Path) -> None:
+    backbone = network.backbone if isinstance(network, Classifier) else network
+    report = load_checkpoint(network, path)
+    _log.info("%s from %s: %s", backbone.info.name, path, report)
+    fresh = [name for name in report.missing if backbone.fresh_allowed and name.startswith(backbone.fresh_allowed)]
+    if fresh:
+        _log.warning(
+            "%s: %s has no weights for %s (%d entries), which start untrained",
+            backbone.info.name, path, ", ".join(backbone.fresh_allowed), len(fresh),
+        )  # fmt: skip
 
 
-def _weights(name: str, pretrained: bool | str | Path) -> Path:
-    if pretrained is True:
-        info = backbone_info(name)
-        return fetch(info.url, sha256=info.sha256)
-    return Path(str(pretrained))
+def _weights(backbone: Backbone, pretrained: bool | str | Path) -> Path:
+    """The file to load: the one that was named, or the published one."""
+    if pretrained is not True:
+        return Path(str(pretrained))
+    info = backbone.info
+    if info.url is None:
+        raise CheckpointError(
+            f"the weights of {info.name} are published where no program can fetch them ({info.origin}). Download them "
+            f"from {info.page} and pass the file's path as `pretrained`."
+        )
+    return fetch(info.url, sha256=info.sha256)

@@ -16,8 +16,28 @@ def _scale_and_shift(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tenso
     return scale, bn.bias.double() - bn.running_mean.double() * scale
 
 
+@torch.no_grad()
+def fold_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
+    """One convolution with bias that equals `conv` followed by `bn` in eval mode."""
+    scale, shift = _scale_and_shift(bn)
+    folded = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        (conv.kernel_size[0], conv.kernel_size[1]),
+        (conv.stride[0], conv.stride[1]),
+        (int(conv.padding[0]), int(conv.padding[1])),
+        groups=conv.groups,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    folded.weight.copy_(conv.weight.double() * scale[:, None, None, None])
+    assert folded.bias is not None
+    folded.bias.copy_(shift if conv.bias is None else shift + conv.bias.double() * scale)
+    return folded
+
+
 class ConvNorm(nn.Module):
-    """Convolution without bias, then BatchNorm; "same" padding.
+    """Convolution, then BatchNorm; "same" padding.
 
     Args:
         in_channels: Channels in.
@@ -26,13 +46,21 @@ class ConvNorm(nn.Module):
         stride: Stride.
         groups: Groups.
         scale: Start of BatchNorm's weight; 0 makes a residual branch start as nothing.
+        bias: Whether the convolution has a bias, which BatchNorm makes needless and some published networks have.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1, scale: float = 1.0
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        scale: float = 1.0,
+        bias: bool = False,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
         self.bn = nn.BatchNorm2d(out_channels)
         nn.init.constant_(self.bn.weight, scale)
         self.pointwise = (kernel, stride, groups) == (1, 1, 1)
@@ -41,31 +69,15 @@ class ConvNorm(nn.Module):
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / stride), ceil(W / stride))``."""
         if self.pointwise and x.is_contiguous(memory_format=torch.channels_last):
             # On CPUs up to twice as fast as the convolution, and never slower.
-            mixed = F.linear(x.permute(0, 2, 3, 1), self.conv.weight.flatten(1)).permute(0, 3, 1, 2)
+            mixed = F.linear(x.permute(0, 2, 3, 1), self.conv.weight.flatten(1), self.conv.bias).permute(0, 3, 1, 2)
         else:
             mixed = self.conv(x)
         out: Tensor = self.bn(mixed)
         return out
 
-    @torch.no_grad()
     def fold(self) -> nn.Conv2d:
         """One convolution with bias that equals this one in eval mode."""
-        conv = self.conv
-        scale, shift = _scale_and_shift(self.bn)
-        folded = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            (conv.kernel_size[0], conv.kernel_size[1]),
-            (conv.stride[0], conv.stride[1]),
-            (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2),
-            groups=conv.groups,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-        )
-        folded.weight.copy_(conv.weight.double() * scale[:, None, None, None])
-        assert folded.bias is not None
-        folded.bias.copy_(shift)
-        return folded
+        return fold_norm(self.conv, self.bn)
 
 
 class Residual(nn.Module):

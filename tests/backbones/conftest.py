@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
 
 
 @pytest.fixture
 def randomise():
-    """Gives BatchNorm statistics, affine parameters and bias tables values that matter to the output."""
+    """Gives BatchNorm statistics, affine parameters, layer scales and bias tables values that matter to the output."""
 
     def apply(network, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -18,13 +21,15 @@ def randomise():
                     buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
                 elif name.endswith("running_var"):
                     buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+            for module in network.modules():
+                if isinstance(module, NORMS):
+                    module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
+                    module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.1)
             for name, parameter in network.named_parameters():
-                if "bn.weight" in name:
-                    parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
-                elif "bn.bias" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-                elif name.endswith("attention_biases"):
+                if name.endswith("attention_biases"):
                     parameter.copy_(torch.randn(parameter.shape, generator=generator))
+                elif name.endswith("gamma"):  # LayerScale, which starts at 1e-5 and would hide its branch
+                    parameter.copy_(torch.rand(parameter.shape, generator=generator) * 0.5 + 0.2)
         return network.eval()
 
     return apply
