@@ -40,6 +40,8 @@ class Detection(Task):
 
     Args:
         backbone: Name of the backbone; ``effvit backbones`` lists them.
+        backbone_options: Options of its family by name, such as ``{keep_ratio: 0.5}`` for DynamicViT.
+        gradient_checkpointing: Compute the backbone's activations again in the backward pass instead of keeping them.
         categories: Class name by category id. The command line takes it from the data.
         detector: ``retinanet``.
         pretrained: Weights of the backbone: ``true`` for the published file, or the path of a file.
@@ -72,6 +74,8 @@ class Detection(Task):
         self,
         backbone: str,
         categories: dict[int, str],
+        backbone_options: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
         detector: str = "retinanet",
         pretrained: bool | str = False,
         checkpoint: str | None = None,
@@ -97,7 +101,8 @@ class Detection(Task):
         self.backbone_name = backbone
         self.norm_eval = norm_eval
         self.per_class_ap = per_class_ap
-        network = create_backbone(backbone, pretrained=pretrained)
+        network = create_backbone(backbone, pretrained=pretrained, **(backbone_options or {}))
+        network.set_grad_checkpointing(gradient_checkpointing)
         kind, levels = _DETECTORS[detector]
         self.detector = kind(
             FeaturePyramid(network, levels=levels, out_channels=pyramid_channels),

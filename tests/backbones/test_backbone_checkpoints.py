@@ -251,3 +251,28 @@ def test_file_without_weights(content, tmp_path):
     torch.save(content, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="holds no weights"):
         read_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_second_head_is_made_where_the_file_has_one(m0, tmp_path):
+    torch.manual_seed(2)
+    state = microsoft_file(m0)
+    second = {
+        key.replace("head.", "head_dist."): torch.rand(value.shape)
+        for key, value in state.items()
+        if key.startswith("head.") and value.is_floating_point()
+    }
+    torch.save({"model": state | second}, tmp_path / "distilled.pth")
+    torch.save({"model": state}, tmp_path / "plain.pth")
+    distilled = create_classifier("efficientvit_m0", pretrained=tmp_path / "distilled.pth").eval()
+    plain = create_classifier("efficientvit_m0", pretrained=tmp_path / "plain.pth").eval()
+    assert plain.head_dist is None
+    assert torch.equal(distilled.head_dist.linear.weight, second["head_dist.l.weight"])
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        features = distilled.backbone.embed(images)
+        mean = (distilled.head(features) + distilled.head_dist(features)) / 2
+        assert torch.allclose(distilled(images), mean)
+        fused = distilled.fuse()(images)
+    assert torch.allclose(fused, mean, atol=1e-4 * float(mean.abs().max()))
+    report = load_checkpoint(create_classifier("efficientvit_m0"), tmp_path / "distilled.pth")
+    assert {name.split(".")[0] for name in report.unexpected} == {"head_dist"}
