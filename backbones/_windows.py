@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _Value = TypeVar("_Value")
+_KEPT_BYTES = 32 * 2**20  # of expanded biases in one module; the newest is kept whatever its size
 
 
 def cut(grid: Tensor, window: int) -> Tensor:
@@ -87,22 +88,50 @@ def resize_bias_table(table: Tensor, height: int, width: int) -> Tensor:
     return resized.view(heads, height * width).to(table.dtype)
 
 
-def expand_bias(table: Tensor, height: int, width: int) -> Tensor:
-    """One bias for each pair of cells of a window, from a table of any size.
+def expand_bias(table: Tensor, height: int, width: int, stride: int = 1) -> Tensor:
+    """One bias for each pair of a query and a cell of a window, from a table of any size.
 
     Args:
         table: ``(heads, R * R)``.
         height: Rows of the window.
         width: Columns of the window.
+        stride: Every cell is a query for 1; for 2, every second cell of every second row, from the first on.
 
     Returns:
-        ``(heads, cells, cells)`` with ``cells = height * width``.
+        ``(heads, queries, cells)`` with ``cells = height * width`` and ``queries`` as many for a stride of 1.
     """
     y = torch.arange(height, device=table.device).repeat_interleave(width)
     x = torch.arange(width, device=table.device).repeat(height)
-    index = (y[:, None] - y).abs() * width + (x[:, None] - x).abs()
-    cells = height * width
-    return resize_bias_table(table, height, width).index_select(1, index.flatten()).view(-1, cells, cells)
+    query_y, query_x = y, x
+    if stride > 1:
+        chosen = torch.arange(height * width, device=table.device).view(height, width)[::stride, ::stride].flatten()
+        query_y, query_x = y[chosen], x[chosen]
+    index = (query_y[:, None] - y).abs() * width + (query_x[:, None] - x).abs()
+    return resize_bias_table(table, height, width).index_select(1, index.flatten()).view(-1, *index.shape)
+
+
+def stretch_bias(table: Tensor, height: int, width: int, stride: int = 1) -> Tensor:
+    """Like `expand_bias`, but as the official EfficientFormer does it for dense tasks.
+
+    The table is expanded on the square grid that it was made for, and the resulting matrix of query and cell is resized
+    (bicubic) as if it were an image. On any other grid than its own, that is no function of the offsets any more;
+    weights that were trained so need it.
+
+    Args:
+        table: ``(heads, R * R)``.
+        height: Rows of the window.
+        width: Columns of the window.
+        stride: As for `expand_bias`.
+
+    Returns:
+        ``(heads, queries, cells)``.
+    """
+    side = round(table.shape[1] ** 0.5)
+    matrix = expand_bias(table, side, side, stride)
+    size = (-(-height // stride) * -(-width // stride), height * width)
+    if matrix.shape[1:] == size:
+        return matrix
+    return F.interpolate(matrix[None].float(), size=size, mode="bicubic", align_corners=False)[0].to(table.dtype)
 
 
 def is_recording() -> bool:
@@ -139,30 +168,52 @@ class AttentionBias(nn.Module):
     What is kept is only used while no gradient is recorded and the table is the very same tensor at the same version,
     so that an optimizer step or a loaded checkpoint makes it anew. With gradients, the table is expanded in each call:
     its values then change at each step.
+
+    Args:
+        stride: Which cells are queries, see `expand_bias`.
+        stretched: Whether tables of another size are brought to the window by `stretch_bias`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stride: int = 1, *, stretched: bool = False) -> None:
         super().__init__()
+        self.stride = stride
+        self.stretched = stretched
         self._cache: ShapeCache[Tensor] = ShapeCache()
+        self._kept = 0
         self._source: tuple[Tensor, int] | None = None
 
     def forward(self, table: Tensor, height: int, width: int) -> Tensor:
         """Expanded bias of `table`; see ``expand_bias``."""
         if is_recording() or table.is_inference() or (torch.is_grad_enabled() and table.requires_grad):
-            return expand_bias(table, height, width)
+            return self._expand(table, height, width)
         version = table._version  # noqa: SLF001 - torch's only counter of changes in place
         if self._source is None or self._source[0] is not table or self._source[1] != version:
-            self._cache.clear()
+            self._clear()
             self._source = (table, version)
         key = (height, width, table.device, table.dtype)
-        return self._cache.get_or_make(key, lambda: expand_bias(table, height, width))
+        return self._cache.get_or_make(key, lambda: self._keep(self._expand(table, height, width)))
+
+    def _expand(self, table: Tensor, height: int, width: int) -> Tensor:
+        expand = stretch_bias if self.stretched else expand_bias
+        return expand(table, height, width, self.stride)
+
+    def _keep(self, bias: Tensor) -> Tensor:
+        """Forgets the others where all would be too large, as over a data set of images of many large sizes."""
+        if self._kept + bias.nbytes > _KEPT_BYTES:
+            self._clear()
+        self._kept += bias.nbytes
+        return bias
+
+    def _clear(self) -> None:
+        self._cache.clear()
+        self._kept = 0
 
     def train(self, mode: bool = True) -> AttentionBias:
         """Also forgets, for weights that were swapped through ``.data``, which counts no version."""
-        self._cache.clear()
+        self._clear()
         return super().train(mode)
 
     def _apply(self, *args: object, **kwargs: object) -> AttentionBias:
-        self._cache.clear()
+        self._clear()
         moved: AttentionBias = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return moved
