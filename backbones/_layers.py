@@ -94,6 +94,46 @@ class Residual(nn.Module):
         return out.add_(x)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """Exact GELU; in place where no gradient is recorded, so `x` must be the caller's own."""
+    if torch.is_grad_enabled():
+        return F.gelu(x)
+    out: Tensor = torch.ops.aten.gelu_(x)  # which torch.nn.functional has no name for
+    return out
+
+
+class LayerScale(nn.Module):
+    """A residual sum whose branch has a learned factor for each channel (arXiv:2103.17239), 1e-5 at first."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((channels,), 1e-5))
+
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """``x + gamma * branch`` of maps ``(B, C, H, W)``."""
+        return torch.addcmul(x, branch, self.gamma[:, None, None])
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv:1603.09382): in training, zeroes whole samples and scales the others up to keep the mean.
+
+    Args:
+        rate: Share of the samples.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """``(B, ...)`` to the same."""
+        if not self.training or not self.rate:
+            return branch
+        keep = 1 - self.rate
+        kept = branch.new_empty((branch.shape[0],) + (1,) * (branch.ndim - 1)).bernoulli_(keep)
+        return branch * kept.div_(keep)
+
+
 class SqueezeExcite(nn.Module):
     """Channel gate (arXiv:1709.01507), reduction 4."""
 
