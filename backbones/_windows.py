@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _Value = TypeVar("_Value")
-_KEPT_BYTES = 32 * 2**20  # of expanded biases in one module; the newest is kept whatever its size
+_KEPT_BYTES = 32 * 2**20  # of expanded tables in one module; the newest is kept whatever its size
 
 
 def cut(grid: Tensor, window: int) -> Tensor:
@@ -162,28 +162,22 @@ class ShapeCache(Generic[_Value]):
         return (type(self), ())
 
 
-class AttentionBias(nn.Module):
-    """Expands a bias table to a window: resized and gathered once per shape, device and type.
+class TableOfShape(nn.Module):
+    """What a parameter becomes at the shape of a map: made once per shape, device and type.
 
     What is kept is only used while no gradient is recorded and the table is the very same tensor at the same version,
-    so that an optimizer step or a loaded checkpoint makes it anew. With gradients, the table is expanded in each call:
-    its values then change at each step.
-
-    Args:
-        stride: Which cells are queries, see `expand_bias`.
-        stretched: Whether tables of another size are brought to the window by `stretch_bias`.
+    so that an optimizer step or a loaded checkpoint makes it anew. With gradients, it is made in each call: its values
+    then change at each step.
     """
 
-    def __init__(self, stride: int = 1, *, stretched: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.stride = stride
-        self.stretched = stretched
         self._cache: ShapeCache[Tensor] = ShapeCache()
         self._kept = 0
         self._source: tuple[Tensor, int] | None = None
 
     def forward(self, table: Tensor, height: int, width: int) -> Tensor:
-        """Expanded bias of `table`; see ``expand_bias``."""
+        """What `table` becomes for a map of `height` x `width` cells."""
         if is_recording() or table.is_inference() or (torch.is_grad_enabled() and table.requires_grad):
             return self._expand(table, height, width)
         version = table._version  # noqa: SLF001 - torch's only counter of changes in place
@@ -194,26 +188,43 @@ class AttentionBias(nn.Module):
         return self._cache.get_or_make(key, lambda: self._keep(self._expand(table, height, width)))
 
     def _expand(self, table: Tensor, height: int, width: int) -> Tensor:
-        expand = stretch_bias if self.stretched else expand_bias
-        return expand(table, height, width, self.stride)
+        raise NotImplementedError
 
-    def _keep(self, bias: Tensor) -> Tensor:
+    def _keep(self, made: Tensor) -> Tensor:
         """Forgets the others where all would be too large, as over a data set of images of many large sizes."""
-        if self._kept + bias.nbytes > _KEPT_BYTES:
+        if self._kept + made.nbytes > _KEPT_BYTES:
             self._clear()
-        self._kept += bias.nbytes
-        return bias
+        self._kept += made.nbytes
+        return made
 
     def _clear(self) -> None:
         self._cache.clear()
         self._kept = 0
 
-    def train(self, mode: bool = True) -> AttentionBias:
+    def train(self, mode: bool = True) -> TableOfShape:
         """Also forgets, for weights that were swapped through ``.data``, which counts no version."""
         self._clear()
         return super().train(mode)
 
-    def _apply(self, *args: object, **kwargs: object) -> AttentionBias:
+    def _apply(self, *args: object, **kwargs: object) -> TableOfShape:
         self._clear()
-        moved: AttentionBias = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        moved: TableOfShape = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return moved
+
+
+class AttentionBias(TableOfShape):
+    """Expands a bias table to a window.
+
+    Args:
+        stride: Which cells are queries, see `expand_bias`.
+        stretched: Whether tables of another size are brought to the window by `stretch_bias`.
+    """
+
+    def __init__(self, stride: int = 1, *, stretched: bool = False) -> None:
+        super().__init__()
+        self.stride = stride
+        self.stretched = stretched
+
+    def _expand(self, table: Tensor, height: int, width: int) -> Tensor:
+        expand = stretch_bias if self.stretched else expand_bias
+        return expand(table, height, width, self.stride)
