@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effvit.backbones._windows import is_recording
+
 
 @torch.no_grad()
 def _scale_and_shift(bn: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -34,6 +36,41 @@ def fold_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
     assert folded.bias is not None
     folded.bias.copy_(shift if conv.bias is None else shift + conv.bias.double() * scale)
     return folded
+
+
+def mix_channels(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution; as a matrix product where the map is in channels-last memory.
+
+    On CPUs that is up to twice as fast, and never slower.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+    out: Tensor = conv(x)
+    return out
+
+
+def convolve_pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution of stride 1, by the fastest of its equal forms.
+
+    Args:
+        conv: Kernel 1, stride 1, one group.
+        x: ``(B, in_channels, H, W)``.
+
+    Returns:
+        ``(B, out_channels, H, W)`` in the memory format of `x`.
+    """
+    if x.is_contiguous(memory_format=torch.channels_last):
+        # On CPUs up to twice as fast as the convolution, and never slower.
+        return F.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+    if x.shape[0] == 1 or x.device.type != "cpu" or torch.is_grad_enabled() or is_recording():
+        out: Tensor = conv(x)
+        return out
+    # One matrix product for each image: on CPUs up to six times as fast. Its gradient would be of each image's own copy
+    # of the weight, hence only without gradients.
+    weight = conv.weight.flatten(1).expand(x.shape[0], -1, -1)
+    cells = x.flatten(2)
+    out = torch.bmm(weight, cells) if conv.bias is None else torch.baddbmm(conv.bias[:, None], weight, cells)
+    return out.unflatten(2, x.shape[2:])
 
 
 class ConvNorm(nn.Module):
@@ -67,12 +104,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / stride), ceil(W / stride))``."""
-        if self.pointwise and x.is_contiguous(memory_format=torch.channels_last):
-            # On CPUs up to twice as fast as the convolution, and never slower.
-            mixed = F.linear(x.permute(0, 2, 3, 1), self.conv.weight.flatten(1), self.conv.bias).permute(0, 3, 1, 2)
-        else:
-            mixed = self.conv(x)
-        out: Tensor = self.bn(mixed)
+        out: Tensor = self.bn(mix_channels(self.conv, x) if self.pointwise else self.conv(x))
         return out
 
     def fold(self) -> nn.Conv2d:
