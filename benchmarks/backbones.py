@@ -5,47 +5,70 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 from _ruler import Measurement, environment, measure, peak_memory, to_markdown
 from torch import Tensor, nn
 
-from effvit.backbones import create_classifier, list_backbones
+from effvit.backbones import Classifier, create_classifier, list_backbones
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 TOLERANCE = 1e-4
-TIMM, OURS, TIMM_FUSED, FUSED = "timm eager", "ours", "timm fused cl", "ours fused cl"
+PEER, OURS, PEER_FUSED, FUSED = "timm eager", "ours", "timm fused cl", "ours fused cl"
+VARIANTS = (PEER, OURS, PEER_FUSED, FUSED)
 
 
-def networks(name: str, variants: tuple[str, ...] = (TIMM, OURS, TIMM_FUSED, FUSED)) -> dict[str, nn.Module]:
-    """The named forms of one network, same random weights in all."""
+def networks(
+    name: str, variants: tuple[str, ...] = VARIANTS, size: tuple[int, int] = (224, 224)
+) -> dict[str, nn.Module]:
+    """The named forms of one network, same random weights in all.
+
+    Args:
+        name: What timm and we both call it.
+        variants: The forms wanted.
+        size: Height and width of the images, which some of timm's networks must be built for.
+    """
     torch.manual_seed(0)
-    peer = timm.create_model(name).eval()
-    for buffer_name, buffer in peer.named_buffers():  # so that folding BatchNorm has something to fold
-        if buffer_name.endswith("running_mean"):
-            buffer.normal_(std=0.1)
-        elif buffer_name.endswith("running_var"):
-            buffer.uniform_(0.5, 1.5)
-    for parameter_name, parameter in peer.named_parameters():
-        if "bn.weight" in parameter_name:
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    ours = create_classifier(name).eval()
-    ours.backbone.load_state_dict(
-        {key: value for key, value in peer.state_dict().items() if not key.startswith("head")}
-    )
-    ours.head.load_state_dict(peer.head.state_dict())
+    peer = randomised(timm.create_model(name, **timm_options(name, size))).eval()
     make: dict[str, Callable[[], nn.Module]] = {
-        TIMM: lambda: peer,
-        OURS: lambda: ours,
-        TIMM_FUSED: lambda: timm.utils.reparameterize_model(copy.deepcopy(peer)).to(memory_format=torch.channels_last),
-        FUSED: lambda: copy.deepcopy(ours).fuse(),
+        PEER: lambda: peer,
+        OURS: lambda: with_weights_of(peer, name),
+        PEER_FUSED: lambda: timm.utils.reparameterize_model(copy.deepcopy(peer)).to(memory_format=torch.channels_last),
+        FUSED: lambda: with_weights_of(peer, name).fuse(),
     }
     return {variant: make[variant]() for variant in variants}
+
+
+def timm_options(name: str, size: tuple[int, int]) -> dict[str, Any]:
+    """What timm needs to be told for images of another size than the published one."""
+    return {"img_size": size} if name.startswith("efficientformerv2") and size != (224, 224) else {}
+
+
+def randomised(network: nn.Module) -> nn.Module:
+    """The network with BatchNorm and LayerScale away from their neutral start: folding then has something to fold."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    for parameter_name, parameter in network.named_parameters():
+        if parameter_name.endswith("gamma"):
+            nn.init.uniform_(parameter, 0.2, 0.7)
+    return network
+
+
+def with_weights_of(peer: nn.Module, name: str) -> Classifier:
+    """Our network with timm's weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.pth"
+        torch.save(peer.state_dict(), path)
+        return create_classifier(name, pretrained=path).eval()
 
 
 def maps(model: nn.Module) -> nn.Module:
@@ -73,8 +96,8 @@ def images_for(variant: str, batch: int, size: tuple[int, int]) -> Tensor:
 
 def check_equal(models: dict[str, nn.Module]) -> None:
     """Stops the benchmark unless all forms give the same logits."""
-    images = images_for(TIMM, 2, (224, 224))
-    expected = models[TIMM](images)
+    images = images_for(PEER, 2, (224, 224))
+    expected = models[PEER](images)
     for variant, model in models.items():
         error = ((model(images) - expected).abs().max() / expected.abs().max()).item()
         if error > TOLERANCE:
@@ -130,7 +153,7 @@ def main() -> None:
     if measurements:
         print(to_markdown(measurements))
     for name in arguments.detection:
-        for variant in (TIMM, OURS, TIMM_FUSED, FUSED):
+        for variant in (PEER, OURS, PEER_FUSED, FUSED):
             peak = peak_memory(make_detect, name, variant, size)
             print(f"peak memory, {name} at {size[0]}x{size[1]}, {variant}: {peak:.0f} MB", flush=True)
     if arguments.json:
