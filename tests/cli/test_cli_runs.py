@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from effvit._cli.shipped import shipped_configs
+from effvit.tasks import Detection
 
 
 def wait_for(path, process, seconds=120.0):
@@ -92,20 +93,41 @@ def test_predict_writes_pictures_and_coco_results(tiny_run, cli, tmp_path, coco_
         assert 0.05 <= entry["score"] <= 1
 
 
-def test_the_backbone_is_one_flag(cli, tmp_path, coco_root):
-    words = "--data.image_size [96,64] --trainer.max_steps 2 --model.pyramid_channels 16 --data.num_workers 0".split()
-    for backbone in ("efficientvit_m0", "efficientvit_m5"):
-        folder = tmp_path / backbone
-        done = cli.run(
-            "fit", "-c", "detection/retinanet_1x", "--model.backbone", backbone, "--data.root", coco_root, *words,
-            "--run_dir", folder,
-        )  # fmt: skip
-        assert done.code == 0, done.err
-        assert "AP50" in done.out
-        assert (folder / "predictions.png").is_file()
-        done = cli.run("test", "--checkpoint", folder / "last.ckpt")
-        assert done.code == 0, done.err
-        assert "AP50" in done.out
+def smallest_of_each_family():
+    from effvit.backbones import backbone_info, list_backbones
+
+    rows = sorted(map(backbone_info, list_backbones()), key=lambda row: row.params)
+    return sorted({row.family: row.name for row in reversed(rows)}.values())
+
+
+@pytest.mark.parametrize("backbone", smallest_of_each_family())
+def test_the_backbone_is_one_flag(backbone, cli, tmp_path):
+    done = cli.run(
+        "fit", "-c", "detection/digits", "--model.backbone", backbone, *cli.tiny, "--trainer.max_epochs", 1,
+        "--run_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert (tmp_path / "run" / "predictions.png").is_file()
+    done = cli.run("test", "--checkpoint", tmp_path / "run" / "last.ckpt")
+    assert done.code == 0, done.err
+    assert "AP50" in done.out
+
+
+def test_a_backbone_takes_its_options_from_the_command_line(cli, tmp_path):
+    words = ["fit", "-c", "detection/digits", "--model.backbone", "dynamicvit_tiny", *cli.tiny]
+    done = cli.run(
+        *words, "--model.backbone_options.keep_ratio", 0.5, "--model.gradient_checkpointing", "true",
+        "--trainer.max_epochs", 1, "--run_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    task = Detection.load_from_checkpoint(tmp_path / "run" / "last.ckpt", map_location="cpu")
+    backbone = task.detector.pyramid.backbone
+    assert backbone.keep_ratio == 0.5
+    assert backbone.grad_checkpointing
+    done = cli.run(*words, "--model.backbone_options", "{keep_ration: 0.5}", "--run_dir", tmp_path / "typo")
+    assert done.code == 2
+    assert "keep_ratio" in done.err
+    assert len(done.err.splitlines()) < 12
 
 
 def test_a_checkpoint_needs_none_of_the_files_it_started_from(cli, tiny_coco_run, tmp_path):
