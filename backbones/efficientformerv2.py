@@ -1,0 +1,490 @@
+"""EfficientFormerV2-S0, S1, S2 and L (Snap).
+
+Paper: "Rethinking Vision Transformers for MobileNet Size and Speed", ICCV 2023, arXiv:2212.08059.
+Official code: github.com/snap-research/EfficientFormer (models/efficientformer_v2.py).
+
+Parameters carry timm's names (``efficientformerv2_*``), and at 224x224 the outputs are timm's and Snap's. What differs:
+
+* One network for every image size. Snap's classifier and timm's network only take the size that they were built for.
+  Here the tables of attention biases, which hold one value for each absolute offset, are resized (bicubic) to the map
+  as images, once per shape. A map of odd sides, which the official upsampling after attention does not fit, is
+  upsampled to the next even sides and cropped.
+* ``official_grid`` gives the dense networks of Snap's detection and segmentation files: new tables
+  (``attention_biases_seg``) for a square image of a nominal size, whose expanded matrices, not the tables, are resized
+  to the map. Their published detectors need it; a network that is trained here does better without.
+* Feature maps are the raw outputs of the stages, as in both dense files.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
+from effvit.backbones._efficientformerv2_fused import FusedNorm, FusedStem, fused_blocks, fused_downsample
+from effvit.backbones._layers import ConvNorm, DropPath, LayerScale, gelu
+from effvit.backbones._registry import register
+from effvit.backbones._windows import AttentionBias, resize_bias_table
+from effvit.errors import CheckpointError, ConfigError
+
+HEADS = 8
+VALUE_RATIO = 4  # a head's value is as many times as wide as its key
+GRID = 7  # side of the map of stride 32 of the published size
+
+
+class FeedForward(nn.Module):
+    """Inverted bottleneck: pointwise, depthwise 3x3, pointwise; this is also how the network mixes locally."""
+
+    def __init__(self, channels: int, ratio: int) -> None:
+        super().__init__()
+        hidden = channels * ratio
+        self.fc1 = ConvNorm(channels, hidden, bias=True)
+        self.mid = ConvNorm(hidden, hidden, 3, groups=hidden, bias=True)
+        self.fc2 = ConvNorm(hidden, channels, bias=True)
+        for part in (self.fc1, self.fc2):
+            nn.init.trunc_normal_(part.conv.weight, std=0.02)
+            nn.init.zeros_(cast("Tensor", part.conv.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same."""
+        out: Tensor = self.fc2(gelu(self.mid(gelu(self.fc1(x)))))
+        return out
+
+
+class BiasTable(nn.Module):
+    """A table of attention biases, and its name, which tells how it is brought to other maps.
+
+    Args:
+        side: The map that the table is made for, whose absolute offsets it holds.
+        stride: Which cells of that map are queries, see ``AttentionBias``.
+        official: Stretch the expanded matrix, as Snap's dense files do.
+    """
+
+    attention_biases: nn.Parameter
+    attention_biases_seg: nn.Parameter
+
+    def __init__(self, side: int, stride: int = 1, *, official: bool = False) -> None:
+        super().__init__()
+        self.register_parameter(
+            "attention_biases_seg" if official else "attention_biases", nn.Parameter(torch.zeros(HEADS, side**2))
+        )
+        self.official = official
+        self.bias = AttentionBias(stride, stretched=official)
+
+    @property
+    def table(self) -> nn.Parameter:
+        """The parameter."""
+        return self.attention_biases_seg if self.official else self.attention_biases
+
+
+class Attention(BiasTable):
+    """Attention over all cells, with heads that talk to each other and a local path beside it (paper §3.1).
+
+    In the third stage it works on half the sides: a strided depthwise convolution before, bilinear upsampling after.
+
+    Args:
+        channels: Channels in and out.
+        halved: Whether it works on half the sides.
+        grid: Side of the map that the bias table is made for.
+        official: See `BiasTable`.
+    """
+
+    def __init__(self, channels: int, *, halved: bool, grid: int, official: bool) -> None:
+        super().__init__(grid, official=official)
+        self.heads, self.key_dim = HEADS, 32
+        width, keys = HEADS * VALUE_RATIO * self.key_dim, HEADS * self.key_dim
+        self.stride_conv = ConvNorm(channels, channels, 3, 2, groups=channels, bias=True) if halved else None
+        self.q = ConvNorm(channels, keys, bias=True)
+        self.k = ConvNorm(channels, keys, bias=True)
+        self.v = ConvNorm(channels, width, bias=True)
+        self.v_local = ConvNorm(width, width, 3, groups=width, bias=True)
+        self.talking_head1 = nn.Conv2d(HEADS, HEADS, 1)
+        self.talking_head2 = nn.Conv2d(HEADS, HEADS, 1)
+        self.proj = ConvNorm(width, channels, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same."""
+        reduced = x if self.stride_conv is None else self.stride_conv(x)
+        height, width = reduced.shape[-2:]
+        query, key = split_heads(self.q(reduced) * self.key_dim**-0.5), split_heads(self.k(reduced))
+        values = self.v(reduced)
+        attention = query.transpose(2, 3) @ key + self.bias(self.table, height, width)
+        attention = self.talking_head2(self.talking_head1(attention).softmax(-1))
+        # Values times attention, and not the reverse, leaves the channels before the cells, where the map has them.
+        out = (split_heads(values) @ attention.transpose(2, 3)).reshape(values.shape) + self.v_local(values)
+        if self.stride_conv is not None:
+            out = F.interpolate(out, scale_factor=2, mode="bilinear")[:, :, : x.shape[2], : x.shape[3]]
+        projected: Tensor = self.proj(gelu(out))
+        return projected
+
+
+class LocalGlobalQuery(nn.Module):
+    """Queries of half the sides: a strided depthwise convolution plus every second cell as it is."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.local = nn.Conv2d(channels, channels, 3, 2, 1, groups=channels)
+        self.proj = ConvNorm(channels, out_channels, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
+        out: Tensor = self.proj(self.local(x) + x[:, :, ::2, ::2])
+        return out
+
+
+class AttentionDownsample(BiasTable):
+    """Attention whose queries lie on every second cell, which halves the sides.
+
+    Args:
+        in_channels: Channels in.
+        out_channels: Channels out.
+        grid: Side of the map, before halving, that the bias table is made for.
+        official: See `BiasTable`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, grid: int, official: bool) -> None:
+        super().__init__(grid, 2, official=official)
+        self.heads, self.key_dim = HEADS, 16
+        width, keys = HEADS * VALUE_RATIO * self.key_dim, HEADS * self.key_dim
+        self.q = LocalGlobalQuery(in_channels, keys)
+        self.k = ConvNorm(in_channels, keys, bias=True)
+        self.v = ConvNorm(in_channels, width, bias=True)
+        self.v_local = ConvNorm(width, width, 3, 2, groups=width, bias=True)
+        self.proj = ConvNorm(width, out_channels, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
+        query, key = split_heads(self.q(x) * self.key_dim**-0.5), split_heads(self.k(x))
+        values = self.v(x)
+        attention = query.transpose(2, 3) @ key + self.bias(self.table, x.shape[2], x.shape[3])
+        local = self.v_local(values)
+        out = (split_heads(values) @ attention.softmax(-1).transpose(2, 3)).reshape(local.shape) + local
+        projected: Tensor = self.proj(gelu(out))
+        return projected
+
+
+def split_heads(x: Tensor) -> Tensor:
+    """``(B, heads * D, H, W)`` to ``(B, heads, D, H * W)``."""
+    return x.reshape(x.shape[0], HEADS, -1, x.shape[2] * x.shape[3])
+
+
+class Block(nn.Module):
+    """A feed-forward, in the last blocks of the deep stages after an attention; both residual, scaled and dropped.
+
+    Args:
+        channels: Channels in and out.
+        ratio: Width of the feed-forward's middle, in channels.
+        attention: Token mixer, if any.
+        drop_path: Share of samples that skip a branch in training.
+    """
+
+    def __init__(self, channels: int, ratio: int, attention: Attention | None, drop_path: float) -> None:
+        super().__init__()
+        self.token_mixer = attention
+        if attention is not None:
+            self.ls1 = LayerScale(channels)
+        self.mlp = FeedForward(channels, ratio)
+        self.ls2 = LayerScale(channels)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same."""
+        if self.token_mixer is not None:
+            x = self.ls1(x, self.drop_path(self.token_mixer(x)))
+        out: Tensor = self.ls2(x, self.drop_path(self.mlp(x)))
+        return out
+
+
+class Downsample(nn.Module):
+    """A strided convolution; before the last stage with attention beside it."""
+
+    def __init__(self, in_channels: int, out_channels: int, attention: AttentionDownsample | None) -> None:
+        super().__init__()
+        self.conv = ConvNorm(in_channels, out_channels, 3, 2, bias=True)
+        self.attn = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
+        out: Tensor = self.conv(x)
+        return out if self.attn is None else self.attn(x) + out
+
+
+class Stage(nn.Module):
+    """Blocks at one width, after a downsampling in all stages but the first."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[Block]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = ConvNorm(3, channels // 2, 3, 2, bias=True)
+        self.conv2 = ConvNorm(channels // 2, channels, 3, 2, bias=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` to ``(B, C, ceil(H / 4), ceil(W / 4))``."""
+        return gelu(self.conv2(gelu(self.conv1(images))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficientFormerV2Variant(VariantInfo):
+    """A row of the paper's Table 1, with the searched structure that only the code gives.
+
+    Attributes:
+        channels: Width of each stage.
+        ratios: Of each stage, the width of each block's feed-forward, in channels of the stage.
+        attentions: How many of the last blocks of the third and of the fourth stage have attention.
+        drop_path: Share of samples that skip a branch of the last block in training; it grows linearly from 0.
+    """
+
+    channels: tuple[int, int, int, int]
+    ratios: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    attentions: int
+    drop_path: float
+
+
+class EfficientFormerV2(Backbone):
+    """The network.
+
+    Maps ``"c2"`` to ``"c5"`` are the raw outputs of the four stages (strides 4 to 32).
+
+    Args:
+        variant: Its row of the table.
+        official_grid: Side of the map of stride 32 for which Snap's dense files make their bias tables: 25 for their
+            detectors (images of 800x800), 16 for their segmentation (512x512). By default the tables are the
+            classifier's.
+
+    Raises:
+        ConfigError: `official_grid` is below 1.
+    """
+
+    distilled: ClassVar[bool] = True
+    embed_only: ClassVar[tuple[str, ...]] = ("norm.",)
+
+    def __init__(self, variant: EfficientFormerV2Variant, *, official_grid: int | None = None) -> None:
+        super().__init__()
+        if official_grid is not None and official_grid < 1:
+            raise ConfigError(f"official_grid must be at least 1 (Snap's are 25 and 16), got {official_grid}")
+        official, grid = official_grid is not None, official_grid or GRID
+        self.stem: nn.Module = Stem(variant.channels[0])
+        stages = []
+        drop_paths = iter(torch.linspace(0, variant.drop_path, sum(map(len, variant.ratios)), device="cpu").tolist())
+        before = 0
+        for position, (channels, ratios) in enumerate(zip(variant.channels, variant.ratios, strict=True)):
+            downsample: nn.Module = nn.Identity()
+            if position:
+                attend = (
+                    AttentionDownsample(before, channels, grid=2 * grid, official=official) if position == 3 else None
+                )
+                downsample = Downsample(before, channels, attend)
+            blocks = []
+            for index, ratio in enumerate(ratios):
+                mixes = position >= 2 and index >= len(ratios) - variant.attentions
+                mixer = Attention(channels, halved=position == 2, grid=grid, official=official) if mixes else None
+                blocks.append(Block(channels, ratio, mixer, next(drop_paths)))
+            stages.append(Stage(downsample, blocks))
+            before = channels
+        self.stages = nn.ModuleList(stages)
+        self.norm: nn.Module = nn.BatchNorm2d(variant.channels[-1])
+        self.feature_maps = tuple(
+            FeatureMap(f"c{level}", channels, 2**level) for level, channels in enumerate(variant.channels, start=2)
+        )
+        self.num_features = variant.channels[-1]
+        self.num_layers = 1 + sum(map(len, variant.ratios)) + 3
+        self.info = variant
+        if official_grid is not None:
+            self.info = _of_dense_network(variant, official_grid)
+            # Snap's dense networks start from the classifier's weights with new tables; only this form of the network
+            # may, so the class cannot say it.
+            self.fresh_allowed = tuple(sorted(self.no_weight_decay()))  # type: ignore[misc]
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Maps ``{"c2", "c3", "c4", "c5"}`` of normalised images ``(B, 3, H, W)``; see ``Backbone.forward``."""
+        x = self.stem(images)
+        maps = {}
+        for spec, stage in zip(self.feature_maps, self.stages, strict=True):
+            x = self.run(stage.get_submodule("downsample"), x)
+            for block in stage.get_submodule("blocks").children():
+                x = self.run(block, x)
+            maps[spec.level] = x
+        return maps
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The last stage's normed map, its mean, ``(B, num_features)``."""
+        maps: dict[str, Tensor] = self(images)
+        normed: Tensor = self.norm(maps["c5"])
+        return normed.mean((2, 3))
+
+    def make_classifier(self, num_classes: int) -> nn.Linear:
+        """One linear layer; the published network has two of them."""
+        head = nn.Linear(self.num_features, num_classes)
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def no_weight_decay(self) -> set[str]:
+        """The attention-bias tables, as timm has it; the official optimizer decays them."""
+        return {name for name, _ in self.named_parameters() if ".attention_biases" in name}
+
+    def layer_of(self, parameter_name: str) -> int:
+        """Stem 0, then each downsampling and each block one more; see ``Backbone.layer_of``."""
+        if parameter_name.startswith("stem."):
+            return 0
+        if parameter_name.startswith("norm."):
+            return self.num_layers - 1
+        found = re.match(r"stages\.(\d)\.(?:downsample|blocks\.(\d+))\.", parameter_name)
+        if found is None:
+            return self.num_layers
+        stage, block = int(found[1]), found[2]
+        variant = cast("EfficientFormerV2Variant", self.info)
+        first = 1 + sum(map(len, variant.ratios[:stage])) + max(stage - 1, 0)
+        if block is None:
+            return first
+        return first + int(block) + (stage > 0)
+
+    def resize_table(self, name: str, table: Tensor, shape: torch.Size) -> Tensor | None:
+        """Bicubic, see ``Backbone.resize_table``.
+
+        Raises:
+            CheckpointError: The table is one of Snap's dense files for another nominal size.
+        """
+        if table.ndim != 2 or table.shape[0] != shape[0] or round(table.shape[1] ** 0.5) ** 2 != table.shape[1]:
+            return None
+        if name.endswith("attention_biases_seg"):
+            grid = round(table.shape[1] ** 0.5) // (2 if ".downsample." in name else 1)
+            raise CheckpointError(
+                f"this is a dense checkpoint with bias tables of another nominal size ({name}: {tuple(table.shape)}, "
+                f"expected {tuple(shape)}); build the network with official_grid={grid}"
+            )
+        side = round(shape[1] ** 0.5)
+        return resize_bias_table(table, side, side) if name.endswith("attention_biases") else None
+
+    def fuse(self) -> EfficientFormerV2:
+        """See ``Backbone.fuse``; the deploy form is in ``_efficientformerv2_fused``."""
+        if isinstance(self.stem, Stem):
+            self.stem = FusedStem(self.stem)
+            for module in self.stages:
+                stage = cast("Stage", module)
+                if isinstance(stage.downsample, Downsample):
+                    stage.downsample = fused_downsample(stage.downsample)
+                stage.blocks = fused_blocks(stage.blocks)
+            self.norm = FusedNorm(cast("nn.BatchNorm2d", self.norm))
+        return self
+
+    @classmethod
+    def convert_key(cls, key: str) -> str | None:
+        """Snap's names (classification and dense files) to ours, which are timm's."""
+        if key.endswith(("attention_bias_idxs", "attention_bias_idxs_seg")):
+            return None
+        for pattern, name in _OFFICIAL_NAMES:
+            key = re.sub(pattern, name, key)
+        return key
+
+
+# In this order: a later rule may read what an earlier one wrote. None changes a name that is already ours.
+_OFFICIAL_NAMES = (
+    (r"^dist_head\.", "head_dist."),
+    (r"^patch_embed\.0\.", "stem.conv1.conv."),
+    (r"^patch_embed\.1\.", "stem.conv1.bn."),
+    (r"^patch_embed\.3\.", "stem.conv2.conv."),
+    (r"^patch_embed\.4\.", "stem.conv2.bn."),
+    (r"^network\.0\.", "stages.0.blocks."),
+    (r"^network\.2\.", "stages.1.blocks."),
+    (r"^network\.4\.", "stages.2.blocks."),
+    (r"^network\.6\.", "stages.3.blocks."),
+    (r"^network\.1\.", "stages.1.downsample."),
+    (r"^network\.3\.", "stages.2.downsample."),
+    (r"^network\.5\.", "stages.3.downsample."),
+    (r"\.downsample\.(?:proj|conv)\.(weight|bias)$", r".downsample.conv.conv.\1"),
+    (r"\.downsample\.(?:norm|bn)\.", ".downsample.conv.bn."),
+    (r"\.q\.local\.0\.", ".q.local."),
+    (r"\.(q\.proj|q|k|v|v_local|stride_conv)\.0\.", r".\1.conv."),
+    (r"\.(q\.proj|q|k|v|v_local|stride_conv)\.1\.", r".\1.bn."),
+    (r"\.(attn|token_mixer)\.proj\.1\.", r".\1.proj.conv."),
+    (r"\.(attn|token_mixer)\.proj\.2\.", r".\1.proj.bn."),
+    (r"\.mlp\.(fc1|mid|fc2)\.(weight|bias)$", r".mlp.\1.conv.\2"),
+    (r"\.mlp\.norm1\.", ".mlp.fc1.bn."),
+    (r"\.mlp\.mid_norm\.", ".mlp.mid.bn."),
+    (r"\.mlp\.norm2\.", ".mlp.fc2.bn."),
+    (r"\.layer_scale_([12])$", r".ls\1.gamma"),
+)
+
+
+def _of_dense_network(variant: EfficientFormerV2Variant, grid: int) -> EfficientFormerV2Variant:
+    """The row of the network with other tables, for which no accuracy was published."""
+    tables = 2 * variant.attentions + 4  # the downsampling attention's is four times as large
+    return replace(variant, params=variant.params + HEADS * tables * (grid**2 - GRID**2), top1=None, top5=None)
+
+
+def _row(
+    name: str,
+    channels: tuple[int, int, int, int],
+    ratios: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    training: tuple[int, float],
+    published: tuple[int, int, float],
+) -> EfficientFormerV2Variant:
+    attentions, drop_path = training
+    params, macs, top1 = published
+    return EfficientFormerV2Variant(
+        name=f"efficientformerv2_{name}",
+        family="EfficientFormerV2",
+        params=params,
+        macs=macs,
+        top1=top1,
+        top5=None,
+        paper="2212.08059",
+        source="github.com/snap-research/EfficientFormer, README.md (accuracy after 450 epochs, whose weights timm's "
+        "copies are); parameters and MACs counted",
+        licence="Apache-2.0",
+        origin="timm's copy on the Hugging Face hub",
+        url=f"https://huggingface.co/timm/efficientformerv2_{name}.snap_dist_in1k/resolve/main/model.safetensors",
+        channels=channels,
+        ratios=ratios,
+        attentions=attentions,
+        drop_path=drop_path,
+    )
+
+
+# name, channels, feed-forward ratios, (attention blocks, drop path), (parameters, MACs, top-1)
+VARIANTS = (
+    _row(
+        "s0",
+        (32, 48, 96, 176),
+        ((4,) * 2, (4,) * 2, (4, 3, 3, 3, 4, 4), (4, 3, 3, 4)),
+        (2, 0.0),
+        (3_600_256, 395_892_544, 76.2),
+    ),
+    _row(
+        "s1",
+        (32, 48, 120, 224),
+        ((4,) * 3, (4,) * 3, (4, 4, 3, 3, 3, 3, 4, 4, 4), (4, 4, 3, 3, 4, 4)),
+        (2, 0.0),
+        (6_185_560, 651_969_640, 79.7),
+    ),
+    _row(
+        "s2",
+        (32, 64, 144, 288),
+        ((4,) * 4, (4,) * 4, (4, 4, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4), (4, 4, 3, 3, 3, 3, 4, 4)),
+        (4, 0.02),
+        (12_710_112, 1_246_863_952, 82.0),
+    ),
+    _row(
+        "l",
+        (40, 80, 192, 384),
+        ((4,) * 5, (4,) * 5, (4, 4, 4, 4, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4), (4, 4, 4, 3, 3, 3, 3, 4, 4, 4)),
+        (6, 0.1),
+        (26_322_288, 2_552_546_880, 83.5),
+    ),
+)
+
+register(EfficientFormerV2, VARIANTS)
