@@ -24,6 +24,7 @@ def bias_of(convolution: nn.Conv2d) -> Tensor:
 
 def accumulate(onto: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``onto + left @ right``, in place where no gradient is recorded; `onto` must be the caller's own."""
-    if torch.is_grad_enabled() or onto.dtype != right.dtype:  # autocast only casts what is not in place
+    same = onto.dtype == left.dtype == right.dtype
+    if torch.is_grad_enabled() or not same:  # autocast only casts what is not in place
         return torch.addmm(onto, left, right)
     return onto.addmm_(left, right)
