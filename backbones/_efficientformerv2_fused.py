@@ -267,8 +267,8 @@ class FusedNorm(nn.Module):
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
-        kind = {"device": norm.weight.device, "dtype": norm.weight.dtype}
-        identity = nn.Conv2d(norm.num_features, norm.num_features, 1, groups=norm.num_features, bias=False, **kind)
+        channels = norm.num_features
+        identity = nn.Conv2d(channels, channels, 1, groups=channels, bias=False).to(norm.weight)
         nn.init.ones_(identity.weight)
         folded = fold_norm(identity, norm)
         self.scale, self.shift = frozen(folded.weight[:, 0]), frozen(bias_of(folded)[:, None, None])
