@@ -4,6 +4,8 @@ from effvit.backbones import dynamicvit as _dynamicvit  # noqa: F401 - registers
 from effvit.backbones import efficientformer as _efficientformer  # noqa: F401 - registers its variants
 from effvit.backbones import efficientformerv2 as _efficientformerv2  # noqa: F401 - registers its variants
 from effvit.backbones import efficientvit as _efficientvit  # noqa: F401 - registers its variants
+from effvit.backbones import mobilevit as _mobilevit  # noqa: F401 - registers its variants
+from effvit.backbones import mobilevitv2 as _mobilevitv2  # noqa: F401 - registers its variants
 from effvit.backbones._checkpoint import LoadReport, load_checkpoint, open_checkpoint, read_checkpoint
 from effvit.backbones._contract import Backbone, Classifier, FeatureMap, InputSpec, VariantInfo
 from effvit.backbones._factory import create_backbone, create_classifier
