@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effvit.backbones._simple_pyramid import SimplePyramid
 from effvit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,8 +25,14 @@ class FeaturePyramid(nn.Module):
       the level before it, without ReLU between: MMDetection's ``add_extra_convs="on_input"``.
     * Every level except the coarser ones ends in its own 3x3 convolution.
 
-    No normalisation, no activation. Convolutions start Xavier-uniform and transposed ones Kaiming-normal (fan out), as
-    in MMDetection. The backbone is brought to its dense form (``Backbone.prepare_for_dense``).
+    A backbone with one map, a plain ViT, gets ViTDet's simple pyramid instead (`SimplePyramid`): two levels finer than
+    its map, the map, and one coarser, each made of the map alone. Coarser ones still come from 3x3 stride-2
+    convolutions, the first on the level before it. (ViTDet's Mask R-CNN needs one such level and subsamples; RetinaNet
+    needs two with weights.)
+
+    Outside the simple pyramid there is no normalisation and no activation, and convolutions start Xavier-uniform,
+    transposed ones Kaiming-normal (fan out), as in MMDetection. The backbone is brought to its dense form
+    (``Backbone.prepare_for_dense``).
 
     Args:
         backbone: Any backbone.
@@ -37,7 +44,8 @@ class FeaturePyramid(nn.Module):
             by each stride-2 convolution and doubled exactly by each transposed one.
 
     Raises:
-        ConfigError: `levels` is empty or malformed, has a gap, or shares no level with the backbone.
+        ConfigError: `levels` is empty or malformed, has a gap, shares no level with the backbone, or asks more of its
+            one map than ViTDet's pyramid has.
     """
 
     def __init__(
@@ -60,9 +68,31 @@ class FeaturePyramid(nn.Module):
         self.levels = tuple(levels)
         self.strides = tuple(2**number for number in numbers)
         self.out_channels = out_channels
+        if len(channels) == 1:
+            self._build_on_one_map(channels[shared[0]], shared[0], numbers)
+        else:
+            self._build(channels, shared, numbers)
+        self._initialise()
+
+    def _build_on_one_map(self, channels: int, level: int, numbers: list[int]) -> None:
+        """ViTDet's levels, and stride-2 convolutions for those beyond."""
+        finest, coarsest = level - SimplePyramid.FINER, level + SimplePyramid.COARSER
+        if numbers[0] < finest:
+            raise ConfigError(
+                f"the pyramid levels {self.levels} start below p{finest}, the finest that ViTDet's pyramid makes of a "
+                f"backbone whose one map is c{level}"
+            )
+        own = [number for number in numbers if number <= coarsest]
+        coarser = [number for number in numbers if number > coarsest]
+        self.simple: SimplePyramid | None = SimplePyramid(channels, level, own, self.out_channels)
+        self.laterals, self.upsamplers, self.outputs = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.downsamplers = self._stride_2(coarser, self.out_channels)
+
+    def _build(self, channels: dict[int, int], shared: list[int], numbers: list[int]) -> None:
+        out_channels = self.out_channels
         finer = [number for number in numbers if number < shared[0]]
         coarser = [number for number in numbers if number > shared[-1]]
-
+        self.simple = None
         self.laterals = nn.ModuleDict({f"p{n}": nn.Conv2d(channels[n], out_channels, 1) for n in shared})
         self.upsamplers = nn.ModuleDict(
             {f"p{n}": nn.ConvTranspose2d(out_channels, out_channels, 2, 2) for n in reversed(finer)}
@@ -70,11 +100,14 @@ class FeaturePyramid(nn.Module):
         self.outputs = nn.ModuleDict(
             {f"p{n}": nn.Conv2d(out_channels, out_channels, 3, padding=1) for n in [*finer, *shared]}
         )
-        widths = [channels[shared[-1]]] + [out_channels] * len(coarser)
-        self.downsamplers = nn.ModuleDict(
-            {f"p{n}": nn.Conv2d(w, out_channels, 3, 2, 1) for n, w in zip(coarser, widths, strict=False)}
+        self.downsamplers = self._stride_2(coarser, channels[shared[-1]])
+
+    def _stride_2(self, numbers: list[int], channels: int) -> nn.ModuleDict:
+        """A convolution for each level, the first of which reads `channels` channels."""
+        widths = [channels] + [self.out_channels] * len(numbers)
+        return nn.ModuleDict(
+            {f"p{n}": nn.Conv2d(width, self.out_channels, 3, 2, 1) for n, width in zip(numbers, widths, strict=False)}
         )
-        self._initialise()
 
     def _initialise(self) -> None:
         for module in (self.laterals, self.upsamplers, self.outputs, self.downsamplers):
@@ -96,15 +129,26 @@ class FeaturePyramid(nn.Module):
             ``{level: (B, out_channels, h, w)}`` in the order of ``levels``.
         """
         maps: dict[str, Tensor] = self.backbone(images)
+        pyramid, coarsest = self._own_levels(maps) if self.simple is None else self._levels_of(self.simple, maps)
+        for level, downsample in self.downsamplers.items():
+            coarsest = pyramid[level] = downsample(coarsest)
+        return pyramid
+
+    @staticmethod
+    def _levels_of(simple: SimplePyramid, maps: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """The levels of a backbone with one map, and what the next coarser one is made of."""
+        (only,) = maps.values()
+        pyramid: dict[str, Tensor] = simple(only)
+        return pyramid, list(pyramid.values())[-1]
+
+    def _own_levels(self, maps: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """The same of a backbone with several."""
         merged = self._top_down(maps)
         finest = next(iter(merged.values()))
         for level, upsample in self.upsamplers.items():
             finest = merged[level] = upsample(finest)
         pyramid = {level: output(merged[level]) for level, output in self.outputs.items()}
-        coarsest = maps["c" + list(self.laterals)[-1][1:]]
-        for level, downsample in self.downsamplers.items():
-            coarsest = pyramid[level] = downsample(coarsest)
-        return pyramid
+        return pyramid, maps["c" + list(self.laterals)[-1][1:]]
 
     def _top_down(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         """Merged laterals, finest first."""
@@ -115,7 +159,7 @@ class FeaturePyramid(nn.Module):
         return merged
 
     def fuse(self) -> FeaturePyramid:
-        """Fuses the backbone in place for inference (the pyramid has no BatchNorm); see ``Backbone.fuse``."""
+        """Fuses the backbone in place for inference (neither pyramid has a BatchNorm); see ``Backbone.fuse``."""
         self.backbone.fuse()
         return self
 

@@ -1,4 +1,4 @@
-"""The pyramid: official EfficientViTFPN, and MMDetection's FPN on an ordinary backbone."""
+"""The pyramid: official EfficientViTFPN, MMDetection's FPN on an ordinary backbone, ViTDet's on one map."""
 
 from __future__ import annotations
 
@@ -139,3 +139,77 @@ def test_malformed_levels_are_refused(backbone, levels):
 def test_levels_that_the_backbone_cannot_anchor_are_refused(backbone):
     with pytest.raises(ConfigError, match="c4, c5, c6"):
         FeaturePyramid(backbone, ("p2", "p3"))
+
+
+class OneMap(Ordinary):
+    """A plain-ViT-like stand-in: c4 alone, 12 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.feature_maps = (FeatureMap("c4", 12, 16),)
+        self.convs = nn.ModuleList([nn.Conv2d(3, 12, 1)])
+
+
+def vitdet_norm(x, norm):
+    """Detectron2's LayerNorm over channels, by its formula."""
+    mean = x.mean(1, keepdim=True)
+    variance = (x - mean).square().mean(1, keepdim=True)
+    return (x - mean) / (variance + 1e-6).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+def test_simple_pyramid_is_vitdets(randomise, relative_error):
+    pyramid = randomise(FeaturePyramid(OneMap(), ("p2", "p3", "p4", "p5"), out_channels=8))
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        found = pyramid(images)
+        feature = pyramid.backbone(images)["c4"]
+        finest, finer, same, coarser = pyramid.simple.values()
+        first, norm, _, second = finest[:4]
+        halved = F.conv_transpose2d(feature, first.weight, first.bias, 2)
+        scaled = {
+            "p2": F.conv_transpose2d(F.gelu(vitdet_norm(halved, norm)), second.weight, second.bias, 2),
+            "p3": F.conv_transpose2d(feature, finer[0].weight, finer[0].bias, 2),
+            "p4": feature,
+            "p5": F.max_pool2d(feature, 2),
+        }
+        assert [x.shape[1] for x in scaled.values()] == [3, 6, 12, 12]
+        for (level, x), layers in zip(scaled.items(), (finest, finer, same, coarser), strict=True):
+            pointwise, norm1, mixing, norm2 = layers[-4:]
+            assert pointwise.bias is mixing.bias is None
+            expected = vitdet_norm(F.conv2d(x, pointwise.weight), norm1)
+            expected = vitdet_norm(F.conv2d(expected, mixing.weight, padding=1), norm2)
+            assert relative_error(found[level], expected) < 1e-5, level
+    assert sizes(found) == {"p2": (16, 24), "p3": (8, 12), "p4": (4, 6), "p5": (2, 3)}
+
+
+def test_coarser_levels_than_vitdets_come_from_the_level_before():
+    pyramid = FeaturePyramid(OneMap(), out_channels=8)
+    assert (pyramid.levels, pyramid.strides) == (("p3", "p4", "p5", "p6", "p7"), (8, 16, 32, 64, 128))
+    assert list(pyramid.simple) == ["p3", "p4", "p5"]
+    with torch.no_grad():
+        found = pyramid(torch.randn(1, 3, 128, 256))
+        assert torch.equal(found["p6"], pyramid.downsamplers["p6"](found["p5"]))
+        assert torch.equal(found["p7"], pyramid.downsamplers["p7"](found["p6"]))
+    assert tuple(found) == pyramid.levels
+    assert {feature.shape[:2] for feature in found.values()} == {(1, 8)}
+
+
+def test_simple_pyramid_rounds_odd_maps_up():
+    with torch.no_grad():
+        found = FeaturePyramid(OneMap(), out_channels=8)(torch.randn(1, 3, 33, 355))
+    assert sizes(found) == {"p3": (6, 46), "p4": (3, 23), "p5": (2, 12), "p6": (1, 6), "p7": (1, 3)}
+
+
+def test_every_parameter_of_a_simple_pyramid_learns():
+    pyramid = FeaturePyramid(OneMap(), ("p2", "p3", "p4", "p5", "p6"), out_channels=8)
+    sum(
+        (feature * torch.randn_like(feature)).sum() for feature in pyramid(torch.randn(2, 3, 96, 96)).values()
+    ).backward()
+    assert [name for name, parameter in pyramid.named_parameters() if parameter.grad is None] == []
+
+
+def test_levels_that_vitdets_pyramid_lacks_are_refused():
+    with pytest.raises(ConfigError, match="p2, the finest"):
+        FeaturePyramid(OneMap(), ("p1", "p2", "p3", "p4"))
+    with pytest.raises(ConfigError, match="share no stride"):
+        FeaturePyramid(OneMap(), ("p5", "p6"))
