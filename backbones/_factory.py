@@ -19,10 +19,11 @@ def create_backbone(name: str, *, pretrained: bool | str | Path = False, **overr
     """Builds a backbone.
 
     Args:
-        name: One of ``list_backbones()``.
+        name: One of ``list_backbones()``, or ``timm/`` and the name of any network of timm that has feature maps.
         pretrained: ``True`` for the published weights, downloaded once; or the path of a checkpoint of this network,
             official, timm's or ours.
-        **overrides: Options of the family, such as ``dense=True`` for EfficientViT; checked by name.
+        **overrides: Options of the family, such as ``dense=True`` for EfficientViT; checked by name. For a network of
+            timm, options of its constructor.
 
     Raises:
         ConfigError: There is no such backbone or no such option; close matches are offered.
@@ -40,7 +41,7 @@ def create_classifier(
     """Builds a backbone under its published head: images ``(B, 3, H, W)`` to logits ``(B, num_classes)``.
 
     Args:
-        name: One of ``list_backbones()``.
+        name: As for ``create_backbone``.
         num_classes: Number of logits.
         pretrained: As for ``create_backbone``. A head of another class count than the checkpoint's starts fresh.
         **overrides: As for ``create_backbone``.
@@ -79,6 +80,8 @@ def _weights(backbone: Backbone, pretrained: bool | str | Path) -> Path:
     if pretrained is not True:
         return Path(str(pretrained))
     info = backbone.info
+    if info.url is None and info.page is None:
+        raise CheckpointError(f"{info.name}: {info.origin}. Pass a file's path as `pretrained`, or leave it out.")
     if info.url is None:
         raise CheckpointError(
             f"the weights of {info.name} are published where no program can fetch them ({info.origin}). Download them "

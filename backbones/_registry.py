@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from effvit.backbones._contract import Backbone, VariantInfo
 
+#: Names that begin so are timm's; the module that knows them imports timm.
+_TIMM = "timm/"
 _VARIANTS: dict[str, tuple[type[Backbone], VariantInfo]] = {}
 
 
@@ -31,20 +33,32 @@ def list_backbones(pattern: str = "*") -> list[str]:
     """Names that ``create_backbone`` takes.
 
     Args:
-        pattern: Shell-style wildcard, such as ``"efficientvit_*"``.
+        pattern: Shell-style wildcard, such as ``"efficientvit_*"``. Networks of timm are listed where it begins with
+            ``timm/``.
 
     Returns:
         Matching names, sorted.
+
+    Raises:
+        ConfigError: timm is asked for and not installed.
     """
+    if pattern.startswith(_TIMM):
+        from effvit.backbones import timm
+
+        return timm.names(pattern)
     return sorted(fnmatch.filter(_VARIANTS, pattern))
 
 
 def backbone_info(name: str) -> VariantInfo:
-    """What was published about a network, without building it.
+    """What was published about a network, without building it; a network of timm is measured instead.
 
     Raises:
         ConfigError: There is no such backbone.
     """
+    if name.startswith(_TIMM):
+        from effvit.backbones import timm
+
+        return timm.info(name)
     return _lookup(name)[1]
 
 
@@ -52,12 +66,16 @@ def build(name: str, overrides: Mapping[str, Any]) -> Backbone:
     """Builds a network with fresh weights.
 
     Args:
-        name: A registered name.
-        overrides: Keyword-only arguments of the family's constructor.
+        name: A registered name, or one of timm's.
+        overrides: Keyword-only arguments of the family's constructor, or of timm's.
 
     Raises:
         ConfigError: There is no such backbone, or the family has no such option.
     """
+    if name.startswith(_TIMM):
+        from effvit.backbones import timm
+
+        return timm.build(name, overrides)
     family, variant = _lookup(name)
     options = [
         option.name
