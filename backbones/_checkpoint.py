@@ -21,8 +21,9 @@ from effvit.backbones._contract import Backbone, Classifier
 from effvit.backbones._registry import build, list_backbones
 from effvit.errors import CheckpointError
 
-# Where the weights are inside a file, in this order: Lightning and MMDetection; the official repositories; averages.
-_WRAPPERS = ("state_dict", "model", "module", "state_dict_ema", "model_ema")
+# Where the weights are inside a file, in this order: Lightning and MMDetection; the official repositories; averages;
+# CVNets, whose averages are what it publishes.
+_WRAPPERS = ("state_dict", "model", "module", "state_dict_ema", "model_ema", "ema_state_dict", "model_state_dict")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _NAMED = 5
 
