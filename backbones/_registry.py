@@ -6,6 +6,10 @@ import fnmatch
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
 from effvit.errors import ConfigError, close_matches
 
 if TYPE_CHECKING:
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 
 #: Names that begin so are timm's; the module that knows them imports timm.
 _TIMM = "timm/"
+_FILLING = {Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_}
 _VARIANTS: dict[str, tuple[type[Backbone], VariantInfo]] = {}
 
 
@@ -88,6 +93,29 @@ def build(name: str, overrides: Mapping[str, Any]) -> Backbone:
     constructor: Any = family
     network: Backbone = constructor(variant, **overrides)
     return network
+
+
+def outline(name: str) -> Backbone:
+    """The network without memory for its weights, on torch's meta device: everything that shapes can tell, fast.
+
+    Raises:
+        ConfigError: As `build`.
+    """
+    with torch.device("meta"), _NoValues():
+        return build(name, {})
+
+
+class _NoValues(TorchFunctionMode):
+    """Skips what fills tensors, of which there is nothing to fill on the meta device; it is most of the work there."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Calls `func`, or hands back the tensor that it would have filled."""
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in _FILLING:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _lookup(name: str) -> tuple[type[Backbone], VariantInfo]:
