@@ -51,35 +51,67 @@ class FusedStem(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """A folded pointwise convolution, or several of one input, on cells.
+    """A folded pointwise convolution as a product on the cells of a map.
 
     Args:
-        *parts: The convolutions; their outputs follow one another.
+        convolution: The convolution.
         late: A constant ``(in_channels,)`` that the input lacks.
         scale: Factor of the output: a number, or one for each channel.
     """
 
-    def __init__(self, *parts: nn.Conv2d, late: Tensor | None = None, scale: Tensor | float = 1.0) -> None:
+    def __init__(self, convolution: nn.Conv2d, late: Tensor | None = None, scale: Tensor | float = 1.0) -> None:
         super().__init__()
-        weight = torch.cat([part.weight.detach().flatten(1) for part in parts]).double()
-        bias = torch.cat([bias_of(part).detach() for part in parts]).double()
+        weight = convolution.weight.detach().flatten(1).double()
+        bias = bias_of(convolution).detach().double()
         if late is not None:
             bias = bias + weight @ late.double()
         factor = torch.as_tensor(scale, dtype=torch.float64, device=weight.device).detach()
-        kind = parts[0].weight.dtype
+        kind = convolution.weight.dtype
         self.weight = frozen((weight * factor.view(-1, 1)).to(kind))
         self.bias = frozen((bias * factor).to(kind))
 
-    def forward(self, cells: Tensor) -> Tensor:
-        """``(cells, in_channels)`` to ``(cells, out_channels)``."""
-        return F.linear(cells, self.weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, in_channels, H, W)`` to ``(B, out_channels, H, W)``."""
+        # On CPUs faster than `addmm`, which copies the bias to every cell first.
+        return cells_to_map(torch.mm(map_to_cells(x), self.weight.t()).add_(self.bias), x)
 
-    def add_to(self, onto: Tensor, cells: Tensor) -> Tensor:
-        """``onto + self(cells)`` without the bias, in place where no gradient is recorded."""
-        return accumulate(onto, cells, self.weight.t())
+    def add_to(self, onto: Tensor, x: Tensor) -> Tensor:
+        """``onto + self(x)`` without the bias, in place where no gradient is recorded."""
+        return cells_to_map(accumulate(map_to_cells(onto), map_to_cells(x), self.weight.t()), onto)
 
 
-class FusedFeedForward(nn.Module):
+class InParts(nn.Module):
+    """Works in place on one part of a batch after the other, each small enough for the cache, where that is possible.
+
+    Subclasses define `mix`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same; `x` is overwritten where no gradient is recorded."""
+        count = max(1, _PART_BYTES // (self.widest() * x.shape[2] * x.shape[3] * x.element_size()))
+        if (
+            x.shape[0] <= count
+            or x.device.type != "cpu"
+            or is_recording()
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or not x.is_contiguous(memory_format=torch.channels_last)
+        ):
+            return self.mix(x)
+        for part in torch.split(x, count):
+            self.mix(part)
+        return x
+
+    def widest(self) -> int:
+        """Channels of the largest map inside."""
+        raise NotImplementedError
+
+    def mix(self, x: Tensor) -> Tensor:
+        """``(B, C, H, W)`` to the same, in place where no gradient is recorded."""
+        raise NotImplementedError
+
+
+class FusedFeedForward(InParts):
     """A residual ``FeedForward`` and its layer scale, which leaves its last bias to the next reader.
 
     Args:
@@ -94,39 +126,16 @@ class FusedFeedForward(nn.Module):
         self.depthwise = channels_last(mlp.mid.fold())
         self.narrow = Pointwise(mlp.fc2.fold(), scale=scale.gamma)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to the same."""
-        per_image = self.widen.weight.shape[0] * x.shape[2] * x.shape[3] * x.element_size()
-        parts = in_place_parts(x, per_image)
-        if len(parts) == 1:
-            return self._mix(x)
-        for part in parts:
-            self._mix(part)
-        return x
+    def widest(self) -> int:
+        """See ``InParts``."""
+        return self.depthwise.in_channels
 
-    def _mix(self, x: Tensor) -> Tensor:
-        cells = map_to_cells(x)
-        hidden = cells_to_map(gelu(self.widen(cells)), x)
-        hidden = gelu(self.depthwise(hidden))
-        return cells_to_map(self.narrow.add_to(cells, map_to_cells(hidden)), x)
+    def mix(self, x: Tensor) -> Tensor:
+        """See ``InParts``."""
+        return self.narrow.add_to(x, gelu(self.depthwise(gelu(self.widen(x)))))
 
 
-def in_place_parts(x: Tensor, bytes_per_image: int) -> tuple[Tensor, ...]:
-    """Views of a batch small enough for the cache; the batch itself where working in place on views is not possible."""
-    count = max(1, _PART_BYTES // bytes_per_image)
-    if (
-        x.device.type != "cpu"
-        or x.shape[0] <= count
-        or is_recording()
-        or torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or not x.is_contiguous(memory_format=torch.channels_last)
-    ):
-        return (x,)
-    return torch.split(x, count)
-
-
-class FusedAttention(nn.Module):
+class FusedAttention(InParts):
     """A residual ``Attention`` and its layer scale, which leaves its last bias to the next reader.
 
     Args:
@@ -138,41 +147,40 @@ class FusedAttention(nn.Module):
     def __init__(self, attention: Attention, scale: LayerScale, late: Tensor) -> None:
         super().__init__()
         self.heads = attention.heads
-        self.late: nn.Parameter | None = None
+        self.late: AddBias | None = None
         self.stride_conv: nn.Conv2d | None = None
         if attention.stride_conv is not None:  # whose zero padding is of the whole stream
-            self.late = frozen(late.to(scale.gamma.dtype))
+            self.late = AddBias(late.to(scale.gamma.dtype))
             self.stride_conv = channels_last(attention.stride_conv.fold())
             late = torch.zeros_like(late)
         self.query = Pointwise(attention.q.fold(), late=late, scale=attention.key_dim**-0.5)
         self.key = Pointwise(attention.k.fold(), late=late)
         self.value = Pointwise(attention.v.fold(), late=late)
         self.local = channels_last(attention.v_local.fold())
-        self.mix = HeadMixing(attention)
+        self.talk = TalkingHeads(attention)
         self.output = Pointwise(attention.proj.fold(), scale=scale.gamma)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(B, C, H, W)`` to the same."""
-        stream = map_to_cells(x)
-        reduced = x
-        if self.stride_conv is not None and self.late is not None:
-            stream = stream + self.late
-            reduced = self.stride_conv(cells_to_map(stream, x))
-        out = self._attend(reduced)
-        if self.stride_conv is not None:
-            out = F.interpolate(out, scale_factor=2, mode="bilinear")[:, :, : x.shape[2], : x.shape[3]]
-        return cells_to_map(self.output.add_to(stream, map_to_cells(gelu(out))), x)
+    def widest(self) -> int:
+        """See ``InParts``."""
+        return self.local.in_channels
+
+    def mix(self, x: Tensor) -> Tensor:
+        """See ``InParts``."""
+        if self.stride_conv is None or self.late is None:
+            return self.output.add_to(x, gelu(self._attend(x)))
+        x = self.late(x)
+        out = F.interpolate(self._attend(self.stride_conv(x)), scale_factor=2, mode="bilinear")
+        return self.output.add_to(x, gelu(out[:, :, : x.shape[2], : x.shape[3]]))
 
     def _attend(self, x: Tensor) -> Tensor:
         """``(B, C, h, w)`` to ``(B, values, h, w)``."""
-        cells = map_to_cells(x)
-        values = self.value(cells)
-        local = self.local(cells_to_map(values, x))
-        query, key = split_heads(self.query(cells), x, self.heads), split_heads(self.key(cells), x, self.heads)
-        return add_attended(local, self.mix(query, key, x.shape[2], x.shape[3]), split_heads(values, x, self.heads))
+        values = self.value(x)
+        local = self.local(values)
+        query, key = split_heads(self.query(x), self.heads), split_heads(self.key(x), self.heads)
+        return add_attended(local, self.talk(query, key, x.shape[2], x.shape[3]), split_heads(values, self.heads))
 
 
-class HeadMixing(nn.Module):
+class TalkingHeads(nn.Module):
     """Queries and keys to attention, talking heads included."""
 
     def __init__(self, attention: Attention) -> None:
@@ -195,16 +203,16 @@ class HeadMixing(nn.Module):
         return torch.baddbmm(self.after_bias, self.after.expand(shape[0], -1, -1), weights).view(shape)
 
 
-def split_heads(cells: Tensor, like: Tensor, heads: int) -> Tensor:
-    """``(B * N, heads * D)`` to ``(B, heads, N, D)``, with B of `like`; a view."""
-    return cells.view(like.shape[0], -1, heads, cells.shape[1] // heads).transpose(1, 2)
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """``(B, heads * D, H, W)`` to ``(B, heads, H * W, D)``; a view where the map is in channels-last memory."""
+    return map_to_cells(x).view(x.shape[0], -1, heads, x.shape[1] // heads).transpose(1, 2)
 
 
 def add_attended(local: Tensor, attention: Tensor, values: Tensor) -> Tensor:
     """``local + attention @ values``.
 
     Args:
-        local: The local path ``(B, heads * D, h, w)``, the caller's own.
+        local: The local path ``(B, heads * D, h, w)``, overwritten.
         attention: ``(B, heads, h * w, N)``.
         values: ``(B, heads, N, D)``.
 
@@ -213,7 +221,7 @@ def add_attended(local: Tensor, attention: Tensor, values: Tensor) -> Tensor:
     """
     attended = (attention @ values).transpose(1, 2)
     cells = map_to_cells(local)
-    return cells_to_map(cells.view(attended.shape).add(attended).view(cells.shape), local)
+    return cells_to_map(cells.view(attended.shape).add_(attended).view(cells.shape), local)
 
 
 class FusedAttentionDownsample(nn.Module):
@@ -239,19 +247,15 @@ class FusedAttentionDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
-        beside = self.beside(x)
-        query = split_heads(self.query(map_to_cells(self.local_query(x))), x, self.heads)
-        cells = map_to_cells(x)
-        values = self.value(cells)
-        local = self.local(cells_to_map(values, x))
-        logits = query @ split_heads(self.key(cells), x, self.heads).transpose(2, 3)
-        attention = (logits + self.bias(self.table, x.shape[2], x.shape[3])).softmax(-1)
-        out = gelu(add_attended(local, attention, split_heads(values, x, self.heads)))
-        return cells_to_map(self.output.add_to(map_to_cells(beside), map_to_cells(out)), beside)
+        beside, values = self.beside(x), self.value(x)
+        query, key = split_heads(self.query(self.local_query(x)), self.heads), split_heads(self.key(x), self.heads)
+        logits = query @ key.transpose(2, 3) + self.bias(self.table, x.shape[2], x.shape[3])
+        out = add_attended(self.local(values), logits.softmax(-1), split_heads(values, self.heads))
+        return self.output.add_to(beside, gelu(out))
 
 
 class AddBias(nn.Module):
-    """What the stream still lacks at the end of a stage."""
+    """What a stream still lacks, added in place where no gradient is recorded."""
 
     def __init__(self, late: Tensor) -> None:
         super().__init__()
@@ -259,7 +263,7 @@ class AddBias(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same."""
-        return x + self.late
+        return x + self.late if torch.is_grad_enabled() else x.add_(self.late)
 
 
 class FusedNorm(nn.Module):

@@ -26,7 +26,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
-from effvit.backbones._efficientformerv2_fused import FusedNorm, FusedStem, fused_blocks, fused_downsample
+from effvit.backbones._efficientformerv2_fused import (
+    FusedNorm,
+    FusedStem,
+    add_attended,
+    fused_blocks,
+    fused_downsample,
+    split_heads,
+)
 from effvit.backbones._layers import ConvNorm, DropPath, LayerScale, gelu
 from effvit.backbones._registry import register
 from effvit.backbones._windows import AttentionBias, resize_bias_table
@@ -111,12 +118,11 @@ class Attention(BiasTable):
         """``(B, C, H, W)`` to the same."""
         reduced = x if self.stride_conv is None else self.stride_conv(x)
         height, width = reduced.shape[-2:]
-        query, key = split_heads(self.q(reduced) * self.key_dim**-0.5), split_heads(self.k(reduced))
-        values = self.v(reduced)
-        attention = query.transpose(2, 3) @ key + self.bias(self.table, height, width)
+        query = split_heads(self.q(reduced) * self.key_dim**-0.5, self.heads)
+        key, values = split_heads(self.k(reduced), self.heads), self.v(reduced)
+        attention = query @ key.transpose(2, 3) + self.bias(self.table, height, width)
         attention = self.talking_head2(self.talking_head1(attention).softmax(-1))
-        # Values times attention, and not the reverse, leaves the channels before the cells, where the map has them.
-        out = (split_heads(values) @ attention.transpose(2, 3)).reshape(values.shape) + self.v_local(values)
+        out = add_attended(self.v_local(values), attention, split_heads(values, self.heads))
         if self.stride_conv is not None:
             out = F.interpolate(out, scale_factor=2, mode="bilinear")[:, :, : x.shape[2], : x.shape[3]]
         projected: Tensor = self.proj(gelu(out))
@@ -159,18 +165,12 @@ class AttentionDownsample(BiasTable):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
-        query, key = split_heads(self.q(x) * self.key_dim**-0.5), split_heads(self.k(x))
-        values = self.v(x)
-        attention = query.transpose(2, 3) @ key + self.bias(self.table, x.shape[2], x.shape[3])
-        local = self.v_local(values)
-        out = (split_heads(values) @ attention.softmax(-1).transpose(2, 3)).reshape(local.shape) + local
+        query = split_heads(self.q(x) * self.key_dim**-0.5, self.heads)
+        key, values = split_heads(self.k(x), self.heads), self.v(x)
+        attention = query @ key.transpose(2, 3) + self.bias(self.table, x.shape[2], x.shape[3])
+        out = add_attended(self.v_local(values), attention.softmax(-1), split_heads(values, self.heads))
         projected: Tensor = self.proj(gelu(out))
         return projected
-
-
-def split_heads(x: Tensor) -> Tensor:
-    """``(B, heads * D, H, W)`` to ``(B, heads, D, H * W)``."""
-    return x.reshape(x.shape[0], HEADS, -1, x.shape[2] * x.shape[3])
 
 
 class Block(nn.Module):
@@ -233,6 +233,8 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` to ``(B, C, ceil(H / 4), ceil(W / 4))``."""
+        # In channels-last memory pointwise convolutions are matrix products, and cells of heads need no copies.
+        images = images.contiguous(memory_format=torch.channels_last)
         return gelu(self.conv2(gelu(self.conv1(images))))
 
 
