@@ -170,6 +170,15 @@ def test_pruned_network_equals_the_one_written_here(tiny, relative_error):
                 assert decision.unique().tolist() == [0, 1]
 
 
+def test_fused_predictor_ranks_by_the_same_numbers_but_for_a_constant(tiny, relative_error):
+    fused = copy.deepcopy(tiny).fuse()
+    x = torch.randn(2, 50, 192, dtype=torch.float64)
+    with torch.no_grad():
+        for plain, quick in zip(tiny.score_predictor, fused.score_predictor, strict=True):
+            bias = plain.out_conv[4].bias
+            assert relative_error(quick.rank(x) + bias[0] - bias[1], plain.rank(x)) < 1e-11
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_dropped_tokens_are_gone(fused, monkeypatch):
     network = create_backbone("dynamicvit_tiny").eval()
@@ -319,13 +328,18 @@ def test_decisions_learn_from_a_dense_loss(tiny):
     network = copy.deepcopy(tiny).train()
     torch.manual_seed(7)
     found = network.forward_tokens(torch.randn(2, 3, 96, 96, dtype=torch.float64))
+    _, second, third = found.decisions
+    dropped_last = (second > 0.5) & (third < 0.5)
+    assert dropped_last.any(1).all()
+    own = (found.tokens * torch.randn_like(found.tokens))[dropped_last].sum()
+    (gradient,) = torch.autograd.grad(own, third, retain_graph=True)
+    assert torch.equal(gradient != 0, dropped_last)
+    # A token that is still there is attended to as well.
     gradients = torch.autograd.grad((found.tokens * torch.randn_like(found.tokens)).sum(), found.decisions)
-    alive = torch.ones_like(found.decisions[0])
+    alive = torch.ones_like(third)
     for decision, gradient in zip(found.decisions, gradients, strict=True):
-        dropped_here = (alive > 0.5) & (decision < 0.5)
-        assert dropped_here.any()
-        assert (gradient[alive > 0.5] != 0).all()
         assert gradient.isfinite().all()
+        assert (gradient[alive > 0.5] != 0).all()
         alive = decision
 
 
