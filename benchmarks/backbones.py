@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from _official_efficientformer import OfficialEfficientFormer
+from _official_efficientformer import check_equal as check_equal_to_official
 from _ruler import Measurement, environment, measure, peak_memory, to_markdown
 from torch import Tensor, nn
 
-from effvit.backbones import Classifier, create_classifier, list_backbones
+from effvit.backbones import Classifier, create_backbone, create_classifier, list_backbones
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +24,20 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 PEER, OURS, PEER_FUSED, FUSED = "timm eager", "ours", "timm fused cl", "ours fused cl"
 VARIANTS = (PEER, OURS, PEER_FUSED, FUSED)
+# timm's EfficientFormer takes 224x224 alone; at other sizes the authors' own detection backbone is the peer.
+OFFICIAL = "official eager"
+OFFICIAL_VARIANTS = (OFFICIAL, OURS, FUSED)
+MODELS = [
+    *list_backbones("efficientvit_*"),
+    "efficientformer_l1",
+    "efficientformer_l3",
+    "efficientformerv2_s0",
+    "efficientformerv2_s1",
+    *list_backbones("mobilevit_*"),
+    "mobilevitv2_050",
+    "mobilevitv2_100",
+]
+DETECTION = ["efficientvit_m4", "efficientformer_l1", "efficientformerv2_s0", "mobilevit_s", "mobilevitv2_100"]
 
 
 def networks(
@@ -35,12 +51,14 @@ def networks(
         size: Height and width of the images, which some of timm's networks must be built for.
     """
     torch.manual_seed(0)
-    peer = randomised(timm.create_model(name, **timm_options(name, size))).eval()
+    source = peer = randomised(timm.create_model(name)).eval()
+    if options := timm_options(name, size):  # its bias tables are of that size then, ours of the published one
+        peer = randomised(timm.create_model(name, **options)).eval()
     make: dict[str, Callable[[], nn.Module]] = {
         PEER: lambda: peer,
-        OURS: lambda: with_weights_of(peer, name),
+        OURS: lambda: with_weights_of(source, name),
         PEER_FUSED: lambda: timm.utils.reparameterize_model(copy.deepcopy(peer)).to(memory_format=torch.channels_last),
-        FUSED: lambda: with_weights_of(peer, name).fuse(),
+        FUSED: lambda: with_weights_of(source, name).fuse(),
     }
     return {variant: make[variant]() for variant in variants}
 
@@ -112,9 +130,34 @@ def classify(name: str, batch: int, rounds: int) -> Measurement:
     return measure(f"{name}, batch {batch}", calls, items=batch, rounds=rounds)
 
 
+def dense_variants(name: str) -> tuple[str, ...]:
+    """The forms of a backbone that are compared at detection size."""
+    return OFFICIAL_VARIANTS if name.startswith("efficientformer_") else VARIANTS
+
+
+def dense_networks(name: str, variants: tuple[str, ...], size: tuple[int, int]) -> dict[str, nn.Module]:
+    """The named forms of a backbone that gives feature maps."""
+    if OFFICIAL not in dense_variants(name):
+        return {variant: maps(model) for variant, model in networks(name, variants, size).items()}
+    torch.manual_seed(0)
+    ours = randomised(create_backbone(name, official_grid=25)).eval()
+    for parameter_name, parameter in ours.named_parameters():
+        if "attention_bias" in parameter_name:
+            nn.init.normal_(parameter)
+    make: dict[str, Callable[[], nn.Module]] = {
+        OFFICIAL: lambda: OfficialEfficientFormer(ours),
+        OURS: lambda: ours,
+        FUSED: lambda: copy.deepcopy(ours).fuse(),
+    }
+    return {variant: make[variant]() for variant in variants}
+
+
 def detect(name: str, size: tuple[int, int], rounds: int) -> Measurement:
     """Feature maps of one image of detection size."""
-    calls = {variant: _call(maps(model), images_for(variant, 1, size)) for variant, model in networks(name).items()}
+    models = dense_networks(name, dense_variants(name), size)
+    if OFFICIAL in models:
+        check_equal_to_official(models[OURS], images_for(OURS, 1, size))
+    calls = {variant: _call(model, images_for(variant, 1, size)) for variant, model in models.items()}
     return measure(f"{name}, {size[0]}x{size[1]}", calls, rounds=rounds)
 
 
@@ -126,7 +169,7 @@ def make_detect(name: str, variant: str, size: tuple[int, int]) -> Callable[[], 
     """For ``peak_memory``: builds only what the variant needs."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    model = maps(networks(name, (variant,))[variant])
+    model = dense_networks(name, (variant,), size)[variant]
     images = images_for(variant, 1, size)
     gc.collect()
     return _call(model, images)
@@ -135,10 +178,11 @@ def make_detect(name: str, variant: str, size: tuple[int, int]) -> Callable[[], 
 def main() -> None:
     """Measures and prints Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=list_backbones("efficientvit_*"))
+    parser.add_argument("--models", nargs="*", default=MODELS)
     parser.add_argument("--batch", nargs="*", type=int, default=[16, 1])
-    parser.add_argument("--detection", nargs="*", default=["efficientvit_m4"], help="measured at --size too")
+    parser.add_argument("--detection", nargs="*", default=DETECTION, help="measured at --size too")
     parser.add_argument("--size", nargs=2, type=int, default=(800, 1216), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--memory", action="store_true", help="also the peak memory at --size")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the measurements there, one JSON object a line")
     arguments = parser.parse_args()
@@ -150,10 +194,12 @@ def main() -> None:
     for batch in arguments.batch:
         measurements += [classify(name, batch, arguments.rounds) for name in arguments.models]
     measurements += [detect(name, size, arguments.rounds) for name in arguments.detection]
-    if measurements:
-        print(to_markdown(measurements))
-    for name in arguments.detection:
-        for variant in (PEER, OURS, PEER_FUSED, FUSED):
+    for baseline in (PEER, OFFICIAL):
+        table = [measurement for measurement in measurements if measurement.results[0].name == baseline]
+        if table:
+            print(to_markdown(table), end="\n\n")
+    for name in arguments.detection if arguments.memory else []:
+        for variant in dense_variants(name):
             peak = peak_memory(make_detect, name, variant, size)
             print(f"peak memory, {name} at {size[0]}x{size[1]}, {variant}: {peak:.0f} MB", flush=True)
     if arguments.json:
