@@ -186,8 +186,7 @@ class TalkingHeads(nn.Module):
     def __init__(self, attention: Attention) -> None:
         super().__init__()
         before, after = attention.talking_head1, attention.talking_head2
-        self.before, self.after = frozen(before.weight.flatten(1)), frozen(after.weight.flatten(1))
-        self.after_bias = frozen(bias_of(after)[:, None])
+        self.before, self.after, self.after_bias = frozen(before.weight), frozen(after.weight), frozen(bias_of(after))
         table = attention.table.detach()
         mixed = before.weight.detach().flatten(1).double() @ table.double() + bias_of(before).detach().double()[:, None]
         self.table = frozen(mixed.to(table.dtype))
@@ -195,12 +194,25 @@ class TalkingHeads(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, height: int, width: int) -> Tensor:
         """``(B, heads, N, D)`` twice to ``(B, heads, N, N)``, N being ``height * width``."""
-        logits = query @ key.transpose(2, 3)
-        shape = logits.shape
-        bias = self.bias(self.table, height, width).flatten(1)
-        logits = torch.baddbmm(bias, self.before.expand(shape[0], -1, -1), logits.flatten(2))
-        weights = logits.view(shape).softmax(-1).flatten(2)
-        return torch.baddbmm(self.after_bias, self.after.expand(shape[0], -1, -1), weights).view(shape)
+        bias = self.bias(self.table, height, width)
+        attention = mix_heads(query @ key.transpose(2, 3), self.before, bias).softmax(-1)
+        return mix_heads(attention, self.after, self.after_bias)
+
+
+def mix_heads(attention: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the talking heads' pointwise convolutions are, without a convolution's overhead.
+
+    Args:
+        attention: ``(B, heads, M, N)``.
+        weight: ``(heads, heads, 1, 1)``.
+        bias: ``(heads,)``, or one for each pair too, ``(heads, M, N)``.
+
+    Returns:
+        ``(B, heads, M, N)``.
+    """
+    assert bias is not None
+    mixer = weight.flatten(1).expand(attention.shape[0], -1, -1)
+    return torch.baddbmm(bias.view(bias.shape[0], -1), mixer, attention.flatten(2)).view(attention.shape)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -32,6 +32,7 @@ from effvit.backbones._efficientformerv2_fused import (
     add_attended,
     fused_blocks,
     fused_downsample,
+    mix_heads,
     split_heads,
 )
 from effvit.backbones._layers import ConvNorm, DropPath, LayerScale, gelu
@@ -121,7 +122,8 @@ class Attention(BiasTable):
         query = split_heads(self.q(reduced) * self.key_dim**-0.5, self.heads)
         key, values = split_heads(self.k(reduced), self.heads), self.v(reduced)
         attention = query @ key.transpose(2, 3) + self.bias(self.table, height, width)
-        attention = self.talking_head2(self.talking_head1(attention).softmax(-1))
+        attention = mix_heads(attention, self.talking_head1.weight, self.talking_head1.bias).softmax(-1)
+        attention = mix_heads(attention, self.talking_head2.weight, self.talking_head2.bias)
         out = add_attended(self.v_local(values), attention, split_heads(values, self.heads))
         if self.stride_conv is not None:
             out = F.interpolate(out, scale_factor=2, mode="bilinear")[:, :, : x.shape[2], : x.shape[3]]
