@@ -112,7 +112,7 @@ def _line(row: dict[str, Any], width: int) -> str:
         return f"{row['name']:{width}}  {row['problem']}"
     height, breadth = row["input"]["size"]
     size = f"{height}" if height == breadth else f"{height}x{breadth}"
-    top1 = f"{row['top1']:6g} %" if row["top1"] is not None else f"{'-':>8}"
+    top1 = f"{row['top1']!s:>6} %" if row["top1"] is not None else f"{'-':>8}"
     channels = ", ".join(str(level["channels"]) for level in row["feature_maps"])
     strides = ", ".join(str(level["stride"]) for level in row["feature_maps"])
     params, macs = f"{row['params'] / 1e6:.2f} M", f"{row['macs'] / 1e9:.3f} G"

@@ -37,7 +37,7 @@ def test_every_backbone_is_listed_once_with_its_figures(listed):
         seen.append(info.name)
         assert f" {info.params / 1e6:.2f} M " in line
         assert f" {info.macs / 1e9:.3f} G " in line
-        assert (f" {info.top1:g} % " if info.top1 is not None else "  -  ") in line
+        assert (f" {info.top1} % " if info.top1 is not None else "  -  ") in line
         assert head.startswith(f"{info.family}, arXiv:{info.paper}. ")
         assert head.endswith(f"Weights: {info.licence}; {info.origin}")
     assert sorted(seen) == list_backbones()
