@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 from effvit.backbones import _download, _factory, backbone_info, create_backbone
+from effvit.backbones._cache_files import exclusive
 from effvit.errors import CheckpointError
 
 CONTENT = bytes(range(256)) * 40
@@ -161,8 +163,8 @@ def test_without_ranges_or_a_strong_etag_it_starts_again(server, cache, etag):
     assert ranges(server) == [None, "bytes=1000-" if etag == '"one"' else None]
 
 
-def test_a_file_that_changes_between_attempts_is_never_spliced(server, cache):
-    changed = bytes(reversed(CONTENT)) + b"more"
+@pytest.mark.parametrize("changed", [bytes(reversed(CONTENT)) + b"more", b"short"])
+def test_a_file_that_changes_between_attempts_is_never_spliced(server, cache, changed):
     server.breaks, server.changes = [1000], [(changed, '"two"')]
     assert _download.fetch(server.url).read_bytes() == changed
 
@@ -237,12 +239,14 @@ def test_a_login_page_is_not_taken_for_weights(server, cache):
 
 
 @pytest.mark.parametrize("url", ["{address}/missing.pth", "http://127.0.0.1:9/weights.pth"])
-def test_what_cannot_be_had_says_what_to_do(server, cache, url):
+def test_what_cannot_be_had_says_what_to_do_at_once(server, cache, monkeypatch, url):
+    waits = []
+    monkeypatch.setattr(_download.time, "sleep", waits.append)
     url = url.format(address=server.address)
     with pytest.raises(CheckpointError, match=r"cannot be downloaded.*pretrained.*EFFVIT_CACHE") as caught:
         _download.fetch(url)
     assert str(cache / _download.cached_name(url)) in str(caught.value)
-    assert len(server.requests) <= 1  # nothing was tried again
+    assert waits == []  # nothing was tried again
 
 
 def test_a_server_that_hangs_is_given_up(server, cache, monkeypatch):
@@ -378,6 +382,26 @@ def test_processes_wait_for_one_another_but_not_for_a_killed_one(server, cache, 
     assert (cache / _download.cached_name(server.url)).read_bytes() == CONTENT
     assert len(server.requests) == 2
     assert names(cache) == ["weights.lock.json", "weights.pth"]
+
+
+def test_a_lock_that_is_removed_and_made_again_still_holds_one_at_a_time(tmp_path):
+    inside, most = [], []
+
+    def work():
+        for _ in range(60):
+            with exclusive(tmp_path / "file.lock"):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0)
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(most) == {1}
+    assert len(most) == 360
 
 
 def test_a_lock_file_left_behind_blocks_nobody(server, cache):
