@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.backbones._cvnets_fused import absorb_affine
+from effvit.backbones._cvnets_fused import FusedConv, add_product
 from effvit.backbones._cvnets_patches import PATCH, even, resize
-from effvit.backbones._fused import accumulate, bias_of, channels_last, frozen
-from effvit.backbones._windows import ShapeCache, is_recording, map_to_cells
+from effvit.backbones._fused import bias_of, frozen
+from effvit.backbones._windows import ShapeCache, is_recording
 
 if TYPE_CHECKING:
     from effvit.backbones.mobilevitv2 import MobileViTv2Block, TransformerLayer
@@ -31,27 +31,26 @@ class FusedSeparableAttention(nn.Module):
 
     def __init__(self, layer: TransformerLayer) -> None:
         super().__init__()
-        norm, attention = layer.norm1, layer.attn
-        self.eps = norm.eps
-        weight, bias = absorb_affine(norm, attention.qkv_proj.weight.flatten(1), bias_of(attention.qkv_proj))
-        query, key, value = torch.split(weight, [1, norm.num_channels, norm.num_channels])
-        _, key_bias, value_bias = torch.split(bias, [1, norm.num_channels, norm.num_channels])
+        self.norm = layer.norm1.requires_grad_(requires_grad=False)
+        project, dim = layer.attn.qkv_proj, layer.norm1.num_channels
+        query, key, value = torch.split(project.weight.flatten(1), [1, dim, dim])
+        _, key_bias, value_bias = torch.split(bias_of(project), [1, dim, dim])
         self.query = frozen(query[0])
         self.key, self.key_bias = frozen(key), frozen(key_bias)
         self.value, self.value_bias = frozen(value), frozen(value_bias)
-        self.output = frozen(attention.out_proj.weight.flatten(1))
-        self.output_bias = frozen(bias_of(attention.out_proj))
+        self.output = frozen(layer.attn.out_proj.weight.flatten(1))
+        self.output_bias = frozen(bias_of(layer.attn.out_proj))
 
-    def forward(self, cells: Tensor, mask: Tensor, width: int) -> Tensor:
-        """``(B, H * W, dim)`` to the same; see ``position_mask``."""
-        batch, count, dim = cells.shape
-        normed = F.layer_norm(cells, (count, dim), eps=self.eps)
+    def forward(self, grid: Tensor, mask: Tensor) -> Tensor:
+        """``(B, H, W, dim)``, the caller's own, to the same; see ``position_mask``."""
+        batch, height, width, dim = grid.shape
+        normed = self.norm(grid).reshape(batch, -1, dim)
         scores = (torch.matmul(normed, self.query)[:, None] + mask).softmax(2)
         context = F.linear(torch.bmm(scores, normed), self.key, self.key_bias)
         value = F.linear(normed, self.value, self.value_bias).relu_()
-        value = value.view(batch, -1, PATCH, width // PATCH, PATCH, dim)
+        value = value.view(batch, height // PATCH, PATCH, width // PATCH, PATCH, dim)
         mixed = value * context.view(batch, 1, PATCH, 1, PATCH, dim)
-        return add_product(cells + self.output_bias, mixed, self.output)
+        return add_product(grid.view(-1, dim), self.output_bias, mixed, self.output).view(grid.shape)
 
 
 class FusedFeedForward(nn.Module):
@@ -59,16 +58,16 @@ class FusedFeedForward(nn.Module):
 
     def __init__(self, layer: TransformerLayer) -> None:
         super().__init__()
-        self.eps = layer.norm2.eps
+        self.norm = layer.norm2.requires_grad_(requires_grad=False)
         widen, narrow = layer.mlp.fc1, layer.mlp.fc2
-        self.widen, self.widen_bias = map(frozen, absorb_affine(layer.norm2, widen.weight.flatten(1), bias_of(widen)))
+        self.widen, self.widen_bias = frozen(widen.weight.flatten(1)), frozen(bias_of(widen))
         self.narrow, self.narrow_bias = frozen(narrow.weight.flatten(1)), frozen(bias_of(narrow))
 
-    def forward(self, cells: Tensor) -> Tensor:
-        """``(B, H * W, dim)`` to the same."""
-        normed = F.layer_norm(cells, cells.shape[1:], eps=self.eps)
-        hidden = F.silu(F.linear(normed, self.widen, self.widen_bias), inplace=True)
-        return add_product(cells + self.narrow_bias, hidden, self.narrow)
+    def forward(self, grid: Tensor) -> Tensor:
+        """``(B, H, W, dim)``, the caller's own, to the same."""
+        hidden = F.silu(F.linear(self.norm(grid), self.widen, self.widen_bias), inplace=True)
+        cells = add_product(grid.view(-1, grid.shape[3]), self.narrow_bias, hidden, self.narrow)
+        return cells.view(grid.shape)
 
 
 class FusedMobileViTv2Block(nn.Module):
@@ -76,34 +75,31 @@ class FusedMobileViTv2Block(nn.Module):
 
     def __init__(self, block: MobileViTv2Block) -> None:
         super().__init__()
-        self.local = channels_last(block.conv_kxk.fold())
+        self.local = FusedConv(block.conv_kxk.fold())
         self.enter = frozen(block.conv_1x1.weight.flatten(1))
         layers = [cast("TransformerLayer", layer) for layer in block.transformer]
         self.attentions = nn.ModuleList(FusedSeparableAttention(layer) for layer in layers)
         self.feed_forwards = nn.ModuleList(FusedFeedForward(layer) for layer in layers)
+        self.norm = block.norm.requires_grad_(requires_grad=False)
         project = block.conv_proj.fold()
-        self.eps = block.norm.eps
-        self.leave, self.leave_bias = map(
-            frozen, absorb_affine(block.norm, project.weight.flatten(1), bias_of(project))
-        )
+        self.leave, self.leave_bias = frozen(project.weight.flatten(1)), frozen(bias_of(project))
         self._masks: ShapeCache[Tensor] = ShapeCache()
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to ``(B, C, H', W')``: each side, rounded up to even."""
-        batch, height, width = x.shape[0], even(x.shape[2]), even(x.shape[3])
-        x = F.silu(self.local(resize(x, height, width, align_corners=True)), inplace=True)
-        cells = F.linear(map_to_cells(x), self.enter).view(batch, height * width, -1)
-        mask = self._mask(cells, height, width)
+        height, width = even(x.shape[2]), even(x.shape[3])
+        local = self.local(resize(x, height, width, align_corners=True))
+        grid = F.linear(local.permute(0, 2, 3, 1), self.enter)
+        mask = self._mask(grid, height, width)
         for attend, feed in zip(self.attentions, self.feed_forwards, strict=True):
-            cells = feed(attend(cells, mask, width))
-        cells = F.linear(F.layer_norm(cells, cells.shape[1:], eps=self.eps), self.leave, self.leave_bias)
-        return cells.view(batch, height, width, -1).permute(0, 3, 1, 2)
+            grid = feed(attend(grid, mask))
+        return F.linear(self.norm(grid), self.leave, self.leave_bias).permute(0, 3, 1, 2)
 
-    def _mask(self, cells: Tensor, height: int, width: int) -> Tensor:
+    def _mask(self, grid: Tensor, height: int, width: int) -> Tensor:
         if is_recording():
-            return position_mask(cells, height, width)
-        key = (height, width, cells.device, cells.dtype)
-        return self._masks.get_or_make(key, lambda: position_mask(cells, height, width))
+            return position_mask(grid, height, width)
+        key = (height, width, grid.device, grid.dtype)
+        return self._masks.get_or_make(key, lambda: position_mask(grid, height, width))
 
     def _apply(self, *args: object, **kwargs: object) -> FusedMobileViTv2Block:
         self._masks.clear()
@@ -118,9 +114,3 @@ def position_mask(like: Tensor, height: int, width: int) -> Tensor:
     position = (rows[:, None] * PATCH + columns).flatten()
     other = position != torch.arange(PATCH**2, device=like.device)[:, None]
     return torch.zeros(other.shape, device=like.device, dtype=like.dtype).masked_fill_(other, float("-inf"))
-
-
-def add_product(onto: Tensor, cells: Tensor, weight: Tensor) -> Tensor:
-    """``onto + linear(cells)`` for ``(B, N, dim)``; `onto` must be the caller's own."""
-    dim = onto.shape[2]
-    return accumulate(onto.view(-1, dim), cells.reshape(-1, weight.shape[1]), weight.t()).view(onto.shape)

@@ -123,7 +123,7 @@ class MobileViTBlock(nn.Module):
 
     def fused(self) -> FusedMobileViTBlock:
         """The deploy form."""
-        return FusedMobileViTBlock(self)
+        return FusedMobileViTBlock(self, HEADS)
 
 
 @dataclass(frozen=True, kw_only=True)

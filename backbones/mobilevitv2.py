@@ -85,7 +85,7 @@ class WholeNorm(nn.GroupNorm):
         super().__init__(1, dim)
 
     def forward(self, cells: Tensor) -> Tensor:
-        """``(B, 4, N, dim)`` to the same."""
+        """``(B, h, w, dim)`` to the same."""
         return super().forward(cells.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
