@@ -69,7 +69,7 @@ def load_checkpoint(network: Backbone | Classifier, path: str | Path, *, strict:
     Args:
         network: A backbone, or a classifier on one; not fused.
         path: A safetensors file, or one of ``torch.save``.
-        strict: Fail unless every entry of the trunk is loaded.
+        strict: Fail unless every entry of the trunk is loaded, and from a file for this network as it was built.
 
     Returns:
         What was loaded.
@@ -83,6 +83,8 @@ def load_checkpoint(network: Backbone | Classifier, path: str | Path, *, strict:
     report, values = _match(state, backbone, _targets(network))
     if strict and not _required(network, backbone).isdisjoint({*report.missing, *report.mismatched}):
         raise CheckpointError(f"{path} does not fill {backbone.info.name}: {_verdict(state, backbone)}.\n{report}")
+    for key in report.unexpected if strict else ():
+        backbone.check_unexpected(key, state[key])
     for prefix, part in _parts(network).items():
         own = part.state_dict().keys()
         part.load_state_dict({name: values[prefix + name] for name in own if prefix + name in values}, strict=False)

@@ -193,6 +193,18 @@ class Backbone(nn.Module, ABC):
         del key
         return value
 
+    def check_unexpected(self, key: str, value: Tensor) -> None:
+        """Refuses an entry that shows that a checkpoint, though it fits, is of this network built with another option.
+
+        Args:
+            key: A name that the network does not have, any prefix kept.
+            value: What the checkpoint holds.
+
+        Raises:
+            CheckpointError: With the option to build the network with.
+        """
+        del key, value
+
     def prepare_for_dense(self) -> None:
         """Brings the network to the form in which the authors train detectors.
 

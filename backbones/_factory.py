@@ -69,10 +69,8 @@ def _load(network: Backbone | Classifier, path: Path) -> None:
     _log.info("%s from %s: %s", backbone.info.name, path, report)
     fresh = [name for name in report.missing if backbone.fresh_allowed and name.startswith(backbone.fresh_allowed)]
     if fresh:
-        _log.warning(
-            "%s: %s has no weights for %s (%d entries), which start untrained",
-            backbone.info.name, path, ", ".join(backbone.fresh_allowed), len(fresh),
-        )  # fmt: skip
+        more = f" and {len(fresh) - 1} more" if len(fresh) > 1 else ""
+        _log.warning("%s: %s has no weights for %s%s, which start untrained", backbone.info.name, path, fresh[0], more)
 
 
 def _weights(backbone: Backbone, pretrained: bool | str | Path) -> Path:

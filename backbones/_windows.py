@@ -88,6 +88,23 @@ def resize_bias_table(table: Tensor, height: int, width: int) -> Tensor:
     return resized.view(heads, height * width).to(table.dtype)
 
 
+def fit_bias_table(table: Tensor, shape: torch.Size) -> Tensor | None:
+    """A checkpoint's table brought to a network's shape.
+
+    Args:
+        table: As the checkpoint has it.
+        shape: ``(heads, R * R)``.
+
+    Returns:
+        The resized table, or ``None`` where it is of other heads, or of a grid that is not square: how many rows a
+        table such as (heads, 950) has cannot be told.
+    """
+    if table.ndim != 2 or table.shape[0] != shape[0] or round(table.shape[1] ** 0.5) ** 2 != table.shape[1]:
+        return None
+    side = round(shape[1] ** 0.5)
+    return resize_bias_table(table, side, side)
+
+
 def expand_bias(table: Tensor, height: int, width: int, stride: int = 1) -> Tensor:
     """One bias for each pair of a query and a cell of a window, from a table of any size.
 

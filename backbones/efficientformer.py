@@ -30,7 +30,7 @@ from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
 from effvit.backbones._efficientformer_fused import FusedAttentionBlock, FusedDownsample, FusedPoolBlock, FusedStem
 from effvit.backbones._layers import LayerScale, attend, convolve_pointwise, gelu, split_heads
 from effvit.backbones._registry import register
-from effvit.backbones._windows import AttentionBias, resize_bias_table
+from effvit.backbones._windows import AttentionBias, fit_bias_table
 from effvit.errors import CheckpointError
 
 HEADS = 8
@@ -321,15 +321,17 @@ class EfficientFormer(Backbone):
         Raises:
             CheckpointError: The tables are Snap's for another nominal grid, to which they belong.
         """
-        if table.ndim != 2 or table.shape[0] != shape[0]:
-            return None
-        if name.endswith("attention_biases_seg"):
-            side = round(table.shape[1] ** 0.5)
+        self.check_unexpected(name, table)
+        return fit_bias_table(table, shape) if name.endswith("attention_biases") else None
+
+    def check_unexpected(self, key: str, value: Tensor) -> None:
+        """Refuses the tables of Snap's dense files where they are not the network's; see ``Backbone``."""
+        if key.endswith("attention_biases_seg"):
+            side = round(value.shape[-1] ** 0.5)
             raise CheckpointError(
-                f"{self.info.name}: these weights have attention biases for a nominal grid of {side}x{side} cells, the "
-                f"network for one of {self.official_grid}x{self.official_grid}; build it with official_grid={side}"
+                f"{self.info.name}: these weights are of a dense network with attention biases for a nominal grid of "
+                f"{side}x{side} cells; build it with official_grid={side} (now {self.official_grid})"
             )
-        return resize_bias_table(table, TABLE_SIZE, TABLE_SIZE) if name.endswith("attention_biases") else None
 
     def fuse(self) -> EfficientFormer:
         """See ``Backbone.fuse``; the deploy form is in ``_efficientformer_fused``."""

@@ -29,7 +29,7 @@ from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
 from effvit.backbones._efficientvit_fused import FusedBlock, FusedDownsample, FusedStem
 from effvit.backbones._layers import ConvNorm, NormLinear, Residual, SqueezeExcite
 from effvit.backbones._registry import register
-from effvit.backbones._windows import AttentionBias, cut, merge, resize_bias_table
+from effvit.backbones._windows import AttentionBias, cut, fit_bias_table, merge, resize_bias_table
 
 WINDOW = 7
 KEY_DIM = 16
@@ -293,10 +293,7 @@ class EfficientViT(Backbone):
 
     def resize_table(self, name: str, table: Tensor, shape: torch.Size) -> Tensor | None:
         """Bicubic, see ``Backbone.resize_table``."""
-        if not name.endswith("attention_biases") or table.ndim != 2 or table.shape[0] != shape[0]:
-            return None
-        side = round(shape[1] ** 0.5)
-        return resize_bias_table(table, side, side)
+        return fit_bias_table(table, shape) if name.endswith("attention_biases") else None
 
     def fuse(self) -> EfficientViT:
         """See ``Backbone.fuse``; the deploy form is in ``_efficientvit_fused``."""

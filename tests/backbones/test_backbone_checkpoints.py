@@ -276,3 +276,31 @@ def test_a_second_head_is_made_where_the_file_has_one(m0, tmp_path):
     assert torch.allclose(fused, mean, atol=1e-4 * float(mean.abs().max()))
     report = load_checkpoint(create_classifier("efficientvit_m0"), tmp_path / "distilled.pth")
     assert {name.split(".")[0] for name in report.unexpected} == {"head_dist"}
+
+
+@pytest.mark.parametrize("name", ["efficientvit_m0", "efficientformer_l1", "efficientformerv2_s0"])
+def test_tables_of_a_grid_that_is_not_square_are_refused(name, tmp_path):
+    state = create_backbone(name).state_dict()
+    tables = {key: torch.zeros(len(value), 950) for key, value in state.items() if key.endswith("attention_biases")}
+    torch.save(state | tables, tmp_path / "wide.pth")
+    with pytest.raises(CheckpointError, match=rf"does not fill {name}(.|\n)*{len(tables)} mismatched"):
+        create_backbone(name, pretrained=tmp_path / "wide.pth")
+
+
+@pytest.mark.parametrize("name", ["efficientformer_l1", "efficientformerv2_s0"])
+def test_a_dense_file_asks_for_the_option_that_it_belongs_to(name, tmp_path):
+    torch.manual_seed(0)
+    dense = create_backbone(name, official_grid=16)
+    # Snap's dense files still have the classifier's tables, which nothing reads.
+    old = {key: value for key, value in create_backbone(name).state_dict().items() if key.endswith("attention_biases")}
+    torch.save(
+        {"state_dict": {f"backbone.{key}": value for key, value in (dense.state_dict() | old).items()}},
+        tmp_path / "dense.pth",
+    )
+    with pytest.raises(CheckpointError, match="official_grid=16"):
+        create_backbone(name, pretrained=tmp_path / "dense.pth")
+    with pytest.raises(CheckpointError, match="official_grid=16"):
+        create_backbone(name, official_grid=25, pretrained=tmp_path / "dense.pth")
+    loaded = create_backbone(name, official_grid=16, pretrained=tmp_path / "dense.pth")
+    for key, value in dense.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
