@@ -33,6 +33,7 @@ from effvit.backbones._efficientformerv2_fused import (
     fused_blocks,
     fused_downsample,
     mix_heads,
+    score,
     split_heads,
 )
 from effvit.backbones._layers import ConvNorm, DropPath, LayerScale, gelu
@@ -121,7 +122,7 @@ class Attention(BiasTable):
         height, width = reduced.shape[-2:]
         query = split_heads(self.q(reduced) * self.key_dim**-0.5, self.heads)
         key, values = split_heads(self.k(reduced), self.heads), self.v(reduced)
-        attention = query @ key.transpose(2, 3) + self.bias(self.table, height, width)
+        attention = score(query, key, self.bias(self.table, height, width))
         attention = mix_heads(attention, self.talking_head1.weight, self.talking_head1.bias).softmax(-1)
         attention = mix_heads(attention, self.talking_head2.weight, self.talking_head2.bias)
         out = add_attended(self.v_local(values), attention, split_heads(values, self.heads))
@@ -169,7 +170,7 @@ class AttentionDownsample(BiasTable):
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
         query = split_heads(self.q(x) * self.key_dim**-0.5, self.heads)
         key, values = split_heads(self.k(x), self.heads), self.v(x)
-        attention = query @ key.transpose(2, 3) + self.bias(self.table, x.shape[2], x.shape[3])
+        attention = score(query, key, self.bias(self.table, x.shape[2], x.shape[3]))
         out = add_attended(self.v_local(values), attention.softmax(-1), split_heads(values, self.heads))
         projected: Tensor = self.proj(gelu(out))
         return projected
