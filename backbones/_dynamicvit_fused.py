@@ -3,6 +3,7 @@
 DeiT is matrix products already, so there is little to fold:
 
 * the scale and shift of a LayerNorm go into the linear layer behind it;
+* weights lie in memory as the matrix library reads few rows fastest, which is what one pruned image has;
 * a product accumulates onto its residual instead of being made, then added;
 * a predictor reads the mean of all tokens once for each image, not once for each token: its first linear layer behind
   the mean is split into the half that reads the token and the half that reads the mean;
@@ -24,6 +25,16 @@ if TYPE_CHECKING:
     from effvit.backbones.dynamicvit import Block, ScorePredictor
 
 
+def as_matrix(weight: Tensor) -> nn.Parameter:
+    """A linear layer's weight ``(out, in)`` as a constant ``(in, out)`` to multiply from the right.
+
+    Row by row in memory, products with 60 to 140 rows are 1.2 to 1.7 times as fast on CPUs, and those with more the
+    same. Not where a row is a multiple of 2 KiB, all of whose starts fall into the same few sets of the cache.
+    """
+    matrix = weight.detach().t()
+    return frozen(matrix if matrix.shape[1] % 512 == 0 else matrix.contiguous())
+
+
 class NormLinear(nn.Module):
     """LayerNorm and the linear layer behind it."""
 
@@ -31,12 +42,12 @@ class NormLinear(nn.Module):
         super().__init__()
         self.eps = norm.eps
         weight = linear.weight.double()
-        self.weight = frozen((weight * norm.weight.double()).to(linear.weight.dtype))
+        self.weight = as_matrix((weight * norm.weight.double()).to(linear.weight.dtype))
         self.bias = frozen((linear.bias.double() + weight @ norm.bias.double()).to(linear.weight.dtype))
 
     def forward(self, rows: Tensor) -> Tensor:
         """``(rows, in)`` to ``(rows, out)``."""
-        return F.linear(F.layer_norm(rows, rows.shape[-1:], eps=self.eps), self.weight, self.bias)
+        return torch.addmm(self.bias, F.layer_norm(rows, rows.shape[-1:], eps=self.eps), self.weight)
 
 
 class ResidualLinear(nn.Module):
@@ -44,14 +55,14 @@ class ResidualLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight = frozen(linear.weight)
+        self.weight = as_matrix(linear.weight)
         self.bias = frozen(linear.bias)
 
     def forward(self, onto: Tensor, rows: Tensor) -> Tensor:
         """``(rows, out)`` and ``(rows, in)`` to ``(rows, out)``; in place where no gradient is recorded."""
         if torch.is_grad_enabled() or not onto.dtype == rows.dtype == self.weight.dtype:
-            return onto + F.linear(rows, self.weight, self.bias)
-        return onto.add_(self.bias).addmm_(rows, self.weight.t())
+            return onto + torch.addmm(self.bias, rows, self.weight)
+        return onto.add_(self.bias).addmm_(rows, self.weight)
 
 
 class FusedBlock(nn.Module):
@@ -84,9 +95,9 @@ class FusedScorePredictor(nn.Module):
         norm, first = predictor.in_conv[0], predictor.in_conv[1]
         second, third, last = (cast("nn.Linear", predictor.out_conv[index]) for index in (0, 2, 4))
         self.first = NormLinear(cast("nn.LayerNorm", norm), cast("nn.Linear", first))
-        self.local, self.overall = (frozen(half) for half in second.weight.chunk(2, 1))
+        self.local, self.overall = (as_matrix(half) for half in second.weight.chunk(2, 1))
         self.second_bias = frozen(second.bias)
-        self.third, self.third_bias = frozen(third.weight), frozen(third.bias)
+        self.third, self.third_bias = as_matrix(third.weight), frozen(third.bias)
         self.difference = frozen((last.weight[0].double() - last.weight[1].double()).to(last.weight.dtype))
 
     def rank(self, x: Tensor) -> Tensor:
@@ -96,8 +107,8 @@ class FusedScorePredictor(nn.Module):
         hidden = gelu(self.first(x.reshape(-1, channels)))
         local, overall = hidden.chunk(2, 1)
         mean = overall.view(batch, total, -1)[:, 1:].mean(1)
-        shift = F.linear(mean, self.overall, self.second_bias)
-        hidden = F.linear(local, self.local).view(batch, total, -1) + shift[:, None]
-        hidden = gelu(F.linear(gelu(hidden), self.third, self.third_bias))
-        rank: Tensor = torch.matmul(hidden, self.difference)[:, 1:]
+        shift = torch.addmm(self.second_bias, mean, self.overall)
+        hidden = torch.mm(local, self.local).view(batch, total, -1) + shift[:, None]
+        hidden = torch.addmm(self.third_bias, gelu(hidden).flatten(0, 1), self.third)
+        rank: Tensor = torch.matmul(gelu(hidden), self.difference).view(batch, total)[:, 1:]
         return rank
