@@ -1,8 +1,8 @@
 """The deploy form of DynamicViT's blocks and predictors: the same function with fewer passes over memory.
 
-DeiT is matrix products already, so there is little to fold:
+DeiT is matrix products already, so there is little to fold (a LayerNorm's scale and shift are better left where they
+are: torch's LayerNorm is slower without):
 
-* the scale and shift of a LayerNorm go into the linear layer behind it;
 * weights lie in memory as the matrix library reads few rows fastest, which is what one pruned image has;
 * a product accumulates onto its residual instead of being made, then added;
 * a predictor reads the mean of all tokens once for each image, not once for each token: its first linear layer behind
@@ -41,13 +41,13 @@ class NormLinear(nn.Module):
     def __init__(self, norm: nn.LayerNorm, linear: nn.Linear) -> None:
         super().__init__()
         self.eps = norm.eps
-        weight = linear.weight.double()
-        self.weight = as_matrix((weight * norm.weight.double()).to(linear.weight.dtype))
-        self.bias = frozen((linear.bias.double() + weight @ norm.bias.double()).to(linear.weight.dtype))
+        self.scale, self.shift = frozen(norm.weight), frozen(norm.bias)
+        self.weight, self.bias = as_matrix(linear.weight), frozen(linear.bias)
 
     def forward(self, rows: Tensor) -> Tensor:
         """``(rows, in)`` to ``(rows, out)``."""
-        return torch.addmm(self.bias, F.layer_norm(rows, rows.shape[-1:], eps=self.eps), self.weight)
+        normal = F.layer_norm(rows, rows.shape[-1:], self.scale, self.shift, self.eps)
+        return torch.addmm(self.bias, normal, self.weight)
 
 
 class ResidualLinear(nn.Module):
