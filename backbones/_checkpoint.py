@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from effvit.backbones._contract import Backbone, Classifier
-from effvit.backbones._registry import build, list_backbones
+from effvit.backbones._registry import list_backbones, outline
 from effvit.errors import CheckpointError
 
 # Where the weights are inside a file, in this order: Lightning and MMDetection; the official repositories; averages;
@@ -275,8 +275,7 @@ def _starts(key: str) -> list[int]:
 def _verdict(state: Mapping[str, Tensor], backbone: Backbone) -> str:
     """Says which network the weights are of, where that can be told."""
     for name in list_backbones():
-        with torch.device("meta"):
-            other = build(name, {})
+        other = outline(name)
         report, _ = _match(state, other, other.state_dict())
         if name != backbone.info.name and not report.missing and not report.mismatched:
             return f"these look like the weights of {name}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -103,10 +102,10 @@ class Backbone(nn.Module, ABC):
     feature_maps: tuple[FeatureMap, ...]
     num_features: int
     num_layers: int
-    input_spec: ClassVar[InputSpec] = InputSpec()
-    distilled: ClassVar[bool] = False
-    embed_only: ClassVar[tuple[str, ...]] = ()
-    fresh_allowed: ClassVar[tuple[str, ...]] = ()
+    input_spec: InputSpec = InputSpec()
+    distilled: bool = False
+    embed_only: tuple[str, ...] = ()
+    fresh_allowed: tuple[str, ...] = ()
     grad_checkpointing: bool = False
 
     @abstractmethod
@@ -222,11 +221,11 @@ class Backbone(nn.Module, ABC):
         """
         self.grad_checkpointing = enable
 
-    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+    def run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         """One block of the trunk; `forward` calls its blocks through this, so that checkpointing is in one place."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return recompute_later(block, x)
-        out: Tensor = block(x)
+            return recompute_later(block, *inputs)
+        out: Tensor = block(*inputs)
         return out
 
 

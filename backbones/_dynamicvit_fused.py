@@ -22,7 +22,8 @@ from effvit.backbones._fused import frozen
 from effvit.backbones._layers import gelu
 
 if TYPE_CHECKING:
-    from effvit.backbones.dynamicvit import Block, ScorePredictor
+    from effvit.backbones._deit import Block
+    from effvit.backbones.dynamicvit import ScorePredictor
 
 
 def as_matrix(weight: Tensor) -> nn.Parameter:

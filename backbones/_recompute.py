@@ -10,10 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-def recompute_later(block: nn.Module, x: Tensor) -> Tensor:
-    """``block(x)`` that keeps only `x` and computes the rest again when gradients are wanted."""
+def recompute_later(block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """``block(*inputs)`` that keeps only its inputs and computes the rest again when gradients are wanted."""
     out: Tensor = checkpoint(
-        block, x, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _fixed_statistics(block))
+        block, *inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _fixed_statistics(block))
     )
     return out
 

@@ -28,47 +28,16 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
+from effvit.backbones._deit import PATCH, Block, PatchEmbed, PositionEmbedding, resize_position_embedding
 from effvit.backbones._dynamicvit_fused import FusedBlock, FusedScorePredictor
-from effvit.backbones._layers import gelu
 from effvit.backbones._registry import register
-from effvit.backbones._windows import TableOfShape
 from effvit.errors import ConfigError
 
-PATCH = 16
 GRID = 14  # of the published position embeddings: 224 / 16
 DEPTH = 12
 PRUNE_BEFORE = (3, 6, 9)
-EPSILON = 1e-6
-
-
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) -> Tensor:
-    """Attention to the kept tokens and to oneself (paper §3.3).
-
-    As in the official code, every weight has EPSILON / N added before the row is divided by its sum: gradients reach
-    decisions whose tokens no query attends to, and a dropped token leaks about a millionth into the others.
-
-    Args:
-        query: ``(B, heads, N, C)``.
-        key: The same shape.
-        value: The same shape.
-        keep: ``(B, N)``, 1 or 0, with gradient.
-
-    Returns:
-        ``(B, heads, N, C)``.
-    """
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    if scores.dtype in {torch.float16, torch.bfloat16}:
-        scores, keep = scores.float(), keep.float()
-    count = keep.shape[1]
-    keys = keep[:, None, None]
-    allowed = keys + (1 - keys) * torch.eye(count, dtype=keep.dtype, device=keep.device)
-    weights = (scores - scores.detach().amax(-1, keepdim=True)).exp() * allowed
-    weights = (weights + EPSILON / count) / (weights.sum(-1, keepdim=True) + EPSILON)
-    out: Tensor = weights.to(value.dtype) @ value
-    return out
 
 
 def decide(logits: Tensor, previous: Tensor) -> Tensor:
@@ -84,86 +53,6 @@ def decide(logits: Tensor, previous: Tensor) -> Tensor:
     # In float32, since the noise of half precision can be infinite.
     logits = logits.float() if logits.dtype in {torch.float16, torch.bfloat16} else logits
     return F.gumbel_softmax(logits.log_softmax(-1), hard=True)[..., 0].to(previous.dtype) * previous
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(channels, channels * 3)
-        self.proj = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """``(B, N, C)`` to the same; see ``Block``."""
-        # Views of one product, which the fused attention reads as they lie.
-        batch, count, _ = x.shape
-        query, key, value = self.qkv(x).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind()
-        if keep is None:
-            mixed = F.scaled_dot_product_attention(query, key, value)
-        else:
-            mixed = masked_attention(query, key, value, keep)
-        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
-        return out
-
-
-class Mlp(nn.Module):
-    """Two linear layers, four times as wide between them."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(channels, channels * 4)
-        self.fc2 = nn.Linear(channels * 4, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., C)`` to the same."""
-        out: Tensor = self.fc2(gelu(self.fc1(x)))
-        return out
-
-
-class Block(nn.Module):
-    """Transformer block: attention and feed-forward, each on normalised tokens and residual."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels, eps=1e-6)
-        self.attn = Attention(channels, heads)
-        self.norm2 = nn.LayerNorm(channels, eps=1e-6)
-        self.mlp = Mlp(channels)
-
-    def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Mixes.
-
-        Args:
-            x: Tokens ``(B, N, C)``.
-            keep: Which of them the others attend to, ``(B, N)``; all by default.
-
-        Returns:
-            The same shape.
-        """
-        x = x + self.attn(self.norm1(x), keep)
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
-
-
-class PatchEmbed(nn.Module):
-    """Linear embedding of 16x16 patches, kept as the convolution that checkpoints hold."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, channels, PATCH, PATCH)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` to ``(B, ceil(H / 16), ceil(W / 16), C)``, zeros where the image ends."""
-        bottom, right = -images.shape[2] % PATCH, -images.shape[3] % PATCH
-        if bottom or right:
-            images = F.pad(images, (0, right, 0, bottom))
-        # Without overlap a convolution is a product with the patches, up to twice as fast on CPUs.
-        batch, _, height, width = images.shape
-        cut = images.reshape(batch, 3, height // PATCH, PATCH, width // PATCH, PATCH)
-        patches = cut.permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class ScorePredictor(nn.Module):
@@ -206,32 +95,6 @@ class ScorePredictor(nn.Module):
         """
         logits: Tensor = self(x[:, 1:])
         return logits[..., 0] - logits[..., 1]
-
-
-class PositionEmbedding(TableOfShape):
-    """The position embedding resized to a grid."""
-
-    def _expand(self, table: Tensor, height: int, width: int) -> Tensor:
-        return resize_position_embedding(table, height, width)
-
-
-def resize_position_embedding(table: Tensor, height: int, width: int) -> Tensor:
-    """Resizes the embedding of a square grid as DeiT's fine-tuning does: bicubic, corners not aligned.
-
-    Args:
-        table: ``(1, 1 + R * R, C)``, the class token first.
-        height: Rows wanted.
-        width: Columns wanted.
-
-    Returns:
-        ``(1, 1 + height * width, C)``.
-    """
-    side = round((table.shape[1] - 1) ** 0.5)
-    if (side, side) == (height, width):
-        return table
-    image = table[:, 1:].transpose(1, 2).reshape(1, -1, side, side).float()
-    resized = F.interpolate(image, size=(height, width), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], resized.flatten(2).transpose(1, 2).to(table.dtype)], 1)
 
 
 @dataclass(frozen=True)
@@ -389,20 +252,12 @@ class DynamicViT(Backbone):
                 keep = decide(predictor(x[:, 1:], keep), keep)
                 policy = F.pad(keep, (1, 0), value=1.0)  # the class token
                 decided.append((keep, x[:, 1:]))
-            x = self._run_masked(block, x, policy)
+            x = self.run(block, x, policy)
         tokens = x[:, 1:]
         for decision, before in reversed(decided):
             # Not `where`: its derivative tells a decision what the token would have become.
             tokens = torch.lerp(before, tokens, decision[..., None].to(tokens.dtype))
         return x[:, 0], tokens, tuple(decision for decision, _ in decided)
-
-    def _run_masked(self, block: nn.Module, x: Tensor, policy: Tensor | None) -> Tensor:
-        """``run`` for a block that reads a policy."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            recomputed: Tensor = checkpoint(block, x, policy, use_reentrant=False)
-            return recomputed
-        out: Tensor = block(x, policy)
-        return out
 
     def make_classifier(self, num_classes: int) -> nn.Linear:
         """One linear layer."""

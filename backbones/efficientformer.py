@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,9 @@ from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
 from effvit.backbones._efficientformer_fused import FusedAttentionBlock, FusedDownsample, FusedPoolBlock, FusedStem
 from effvit.backbones._layers import LayerScale, attend, convolve_pointwise, gelu, split_heads
 from effvit.backbones._registry import register
+from effvit.backbones._snap import DENSE_TABLE, check_dense_table
 from effvit.backbones._windows import AttentionBias, fit_bias_table
-from effvit.errors import CheckpointError
+from effvit.errors import ConfigError
 
 HEADS = 8
 KEY_DIM = 32
@@ -89,7 +90,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, HEADS * sum(self.split))
         self.proj = nn.Linear(HEADS * VALUE_DIM, channels)
         # Snap's dense networks have both names, and what has the first one is not used there.
-        self.table_name = "attention_biases" if official_grid is None else "attention_biases_seg"
+        self.table_name = "attention_biases" if official_grid is None else DENSE_TABLE
         side = official_grid or TABLE_SIZE
         self.register_parameter(self.table_name, nn.Parameter(torch.zeros(HEADS, side**2)))
         self.bias = AttentionBias(stretched=official_grid is not None)
@@ -231,18 +232,18 @@ class EfficientFormer(Backbone):
         official_grid: Builds the network as Snap's detectors (25) and segmenters (16) have it: bias tables that start
             at zero, are learned for a square grid of this side and stretched to the map, and a GroupNorm on each
             output. `embed` reads the last stage before that norm. A classifier's file fills the rest.
+
+    Raises:
+        ConfigError: `official_grid` is below 1.
     """
 
-    distilled: ClassVar[bool] = True
-    embed_only: ClassVar[tuple[str, ...]] = ("norm.",)
-    # What only `official_grid` has. Which blocks attend differs between the variants.
-    fresh_allowed: ClassVar[tuple[str, ...]] = (
-        *(f"norm{stage}." for stage in (0, 2, 4, 6)),
-        *(f"stages.3.blocks.{block}.token_mixer.attention_biases_seg" for block in range(1, 9)),
-    )
+    distilled = True
+    embed_only = ("norm.",)
 
     def __init__(self, variant: EfficientFormerVariant, *, official_grid: int | None = None) -> None:
         super().__init__()
+        if official_grid is not None and official_grid < 1:
+            raise ConfigError(f"official_grid must be at least 1 (Snap's are 25 and 16), got {official_grid}")
         self.info = variant if official_grid is None else _with_grid(variant, official_grid)
         self.variant = variant
         self.official_grid = official_grid
@@ -259,6 +260,9 @@ class EfficientFormer(Backbone):
         if official_grid is not None:
             for position, channels in enumerate(variant.channels):
                 self.add_module(f"norm{2 * position}", nn.GroupNorm(1, channels))
+            # Snap's dense networks start from the classifier's weights with new tables and norms.
+            new = tuple(name for name, _ in self.named_parameters() if name.endswith(DENSE_TABLE))
+            self.fresh_allowed = ("norm0.", "norm2.", "norm4.", "norm6.", *new)
         self.feature_maps = tuple(
             FeatureMap(f"c{level}", channels, 2**level) for level, channels in enumerate(variant.channels, start=2)
         )
@@ -326,12 +330,7 @@ class EfficientFormer(Backbone):
 
     def check_unexpected(self, key: str, value: Tensor) -> None:
         """Refuses the tables of Snap's dense files where they are not the network's; see ``Backbone``."""
-        if key.endswith("attention_biases_seg"):
-            side = round(value.shape[-1] ** 0.5)
-            raise CheckpointError(
-                f"{self.info.name}: these weights are of a dense network with attention biases for a nominal grid of "
-                f"{side}x{side} cells; build it with official_grid={side} (now {self.official_grid})"
-            )
+        check_dense_table(self.info.name, key, value, self.official_grid)
 
     def fuse(self) -> EfficientFormer:
         """See ``Backbone.fuse``; the deploy form is in ``_efficientformer_fused``."""

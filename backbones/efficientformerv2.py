@@ -11,7 +11,7 @@ Parameters carry timm's names (``efficientformerv2_*``), and at 224x224 the outp
   upsampled to the next even sides and cropped.
 * ``official_grid`` gives the dense networks of Snap's detection and segmentation files: new tables
   (``attention_biases_seg``) for a square image of a nominal size, whose expanded matrices, not the tables, are resized
-  to the map. Their published detectors need it; a network that is trained here does better without.
+  to the map. Their published detectors need it.
 * Feature maps are the raw outputs of the stages, as in both dense files.
 """
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,9 @@ from effvit.backbones._efficientformerv2_fused import (
 )
 from effvit.backbones._layers import ConvNorm, DropPath, LayerScale, gelu
 from effvit.backbones._registry import register
-from effvit.backbones._windows import AttentionBias, resize_bias_table
-from effvit.errors import CheckpointError, ConfigError
+from effvit.backbones._snap import DENSE_TABLE, check_dense_table
+from effvit.backbones._windows import AttentionBias, fit_bias_table
+from effvit.errors import ConfigError
 
 HEADS = 8
 VALUE_RATIO = 4  # a head's value is as many times as wide as its key
@@ -80,7 +81,7 @@ class BiasTable(nn.Module):
     def __init__(self, side: int, stride: int = 1, *, official: bool = False) -> None:
         super().__init__()
         self.register_parameter(
-            "attention_biases_seg" if official else "attention_biases", nn.Parameter(torch.zeros(HEADS, side**2))
+            DENSE_TABLE if official else "attention_biases", nn.Parameter(torch.zeros(HEADS, side**2))
         )
         self.official = official
         self.bias = AttentionBias(stride, stretched=official)
@@ -273,13 +274,14 @@ class EfficientFormerV2(Backbone):
         ConfigError: `official_grid` is below 1.
     """
 
-    distilled: ClassVar[bool] = True
-    embed_only: ClassVar[tuple[str, ...]] = ("norm.",)
+    distilled = True
+    embed_only = ("norm.",)
 
     def __init__(self, variant: EfficientFormerV2Variant, *, official_grid: int | None = None) -> None:
         super().__init__()
         if official_grid is not None and official_grid < 1:
             raise ConfigError(f"official_grid must be at least 1 (Snap's are 25 and 16), got {official_grid}")
+        self.official_grid = official_grid
         official, grid = official_grid is not None, official_grid or GRID
         self.stem: nn.Module = Stem(variant.channels[0])
         stages = []
@@ -309,9 +311,8 @@ class EfficientFormerV2(Backbone):
         self.info = variant
         if official_grid is not None:
             self.info = _of_dense_network(variant, official_grid)
-            # Snap's dense networks start from the classifier's weights with new tables; only this form of the network
-            # may, so the class cannot say it.
-            self.fresh_allowed = tuple(sorted(self.no_weight_decay()))  # type: ignore[misc]
+            # Snap's dense networks start from the classifier's weights with new tables.
+            self.fresh_allowed = tuple(name for name, _ in self.named_parameters() if name.endswith(DENSE_TABLE))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps ``{"c2", "c3", "c4", "c5"}`` of normalised images ``(B, 3, H, W)``; see ``Backbone.forward``."""
@@ -338,8 +339,8 @@ class EfficientFormerV2(Backbone):
         return head
 
     def no_weight_decay(self) -> set[str]:
-        """The attention-bias tables, as timm has it; the official optimizer decays them."""
-        return {name for name, _ in self.named_parameters() if ".attention_biases" in name}
+        """None: the official optimizer decays the bias tables too (timm's would not)."""
+        return set()
 
     def layer_of(self, parameter_name: str) -> int:
         """Stem 0, then each downsampling and each block one more; see ``Backbone.layer_of``."""
@@ -361,18 +362,14 @@ class EfficientFormerV2(Backbone):
         """Bicubic, see ``Backbone.resize_table``.
 
         Raises:
-            CheckpointError: The table is one of Snap's dense files for another nominal size.
+            CheckpointError: The tables are Snap's for another nominal grid, to which they belong.
         """
-        if table.ndim != 2 or table.shape[0] != shape[0] or round(table.shape[1] ** 0.5) ** 2 != table.shape[1]:
-            return None
-        if name.endswith("attention_biases_seg"):
-            grid = round(table.shape[1] ** 0.5) // (2 if ".downsample." in name else 1)
-            raise CheckpointError(
-                f"this is a dense checkpoint with bias tables of another nominal size ({name}: {tuple(table.shape)}, "
-                f"expected {tuple(shape)}); build the network with official_grid={grid}"
-            )
-        side = round(shape[1] ** 0.5)
-        return resize_bias_table(table, side, side) if name.endswith("attention_biases") else None
+        self.check_unexpected(name, table)
+        return fit_bias_table(table, shape) if name.endswith("attention_biases") else None
+
+    def check_unexpected(self, key: str, value: Tensor) -> None:
+        """Refuses the tables of Snap's dense files where they are not the network's; see ``Backbone``."""
+        check_dense_table(self.info.name, key, value, self.official_grid)
 
     def fuse(self) -> EfficientFormerV2:
         """See ``Backbone.fuse``; the deploy form is in ``_efficientformerv2_fused``."""

@@ -26,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.backbones._contract import InputSpec
 from effvit.backbones._cvnets import ChannelOrder, CVNet, CVNetVariant, eval_spec, initialise
 from effvit.backbones._cvnets_fused import FusedPointwise
 from effvit.backbones._cvnets_patches import cut_patches, even, merge_patches, resize
@@ -140,8 +139,8 @@ class MobileViTVariant(CVNetVariant):
 class MobileViT(CVNet):
     """The network; see ``CVNet`` for maps and arguments."""
 
-    input_spec: ClassVar[InputSpec] = eval_spec("bilinear")
-    embed_only: ClassVar[tuple[str, ...]] = ("final_conv.",)
+    input_spec = eval_spec("bilinear")
+    embed_only = ("final_conv.",)
     published_order: ClassVar[ChannelOrder] = "bgr"
 
     def __init__(self, variant: MobileViTVariant, *, channel_order: ChannelOrder = "auto") -> None:

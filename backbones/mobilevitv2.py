@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.backbones._contract import InputSpec
 from effvit.backbones._cvnets import ChannelOrder, CVNet, CVNetVariant, eval_spec, initialise
 from effvit.backbones._cvnets_patches import cut_patches, even, merge_patches, resize
 from effvit.backbones._layers import ConvNorm
@@ -140,7 +139,7 @@ class MobileViTv2Block(nn.Module):
 class MobileViTv2(CVNet):
     """The network; see ``CVNet`` for maps and arguments."""
 
-    input_spec: ClassVar[InputSpec] = eval_spec("bicubic")
+    input_spec = eval_spec("bicubic")
     published_order: ClassVar[ChannelOrder] = "rgb"
 
     def __init__(self, variant: CVNetVariant, *, channel_order: ChannelOrder = "auto") -> None:

@@ -87,9 +87,9 @@ class TimmBackbone(Backbone):
         self.num_features = facts.num_features
         self.num_layers = 1 + max(facts.layers.values())
         # One class stands for many networks here, so what a family declares once is set for each.
-        self.input_spec = facts.input_spec  # type: ignore[misc]
-        self.embed_only = facts.unread  # type: ignore[misc]
-        self.distilled = facts.distilled  # type: ignore[misc]
+        self.input_spec = facts.input_spec
+        self.embed_only = facts.unread
+        self.distilled = facts.distilled
         self.model = _make(facts.info.name, {**facts.options, "num_classes": 0})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

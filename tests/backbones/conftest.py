@@ -22,6 +22,8 @@ def randomise():
                 elif name.endswith("running_var"):
                     buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
             for module in network.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
+                    module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.1)
                 if isinstance(module, NORMS):
                     module.weight.copy_(torch.rand(module.weight.shape, generator=generator) + 0.5)
                     module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.1)

@@ -145,7 +145,8 @@ def test_gradient_checkpointing_changes_nothing(backbone, randomise):
 
 def test_bfloat16_autocast_stays_close(backbone, randomise, relative_error):
     network = randomise(copy.deepcopy(backbone))
-    images = torch.randn(1, 3, 96, 96)
+    # Always the same image: where tokens are chosen by rank, rounding may choose another on one image in ten.
+    images = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = network(images)
         fused = copy.deepcopy(network).fuse()

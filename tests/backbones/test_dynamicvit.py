@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from effvit.backbones import create_backbone, create_classifier, list_backbones, load_checkpoint
+from effvit.backbones import _deit, create_backbone, create_classifier, list_backbones, load_checkpoint
 from effvit.backbones import dynamicvit as module
 from effvit.errors import ConfigError
 
@@ -246,7 +246,7 @@ def gathered_by_hand(network, images, decisions):
 def test_masked_softmax_equals_gathered_computation(tiny, relative_error, monkeypatch, epsilon, tolerance):
     # The official epsilon gives each dropped token about a millionth of every query's attention, more where all keys
     # that are left score far below the best. That is all the difference there is: without it, rounding alone is left.
-    monkeypatch.setattr(module, "EPSILON", epsilon)
+    monkeypatch.setattr(_deit, "EPSILON", epsilon)
     network = copy.deepcopy(tiny).train()
     images = torch.randn(2, 3, 96, 112, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     torch.manual_seed(5)
@@ -268,7 +268,7 @@ def test_training_and_inference_agree_on_the_same_decisions(tiny, relative_error
 
     missing = [0, 1, 2]
     monkeypatch.setattr(module, "decide", best)
-    monkeypatch.setattr(module, "EPSILON", 0.0)
+    monkeypatch.setattr(_deit, "EPSILON", 0.0)
     images = torch.randn(2, 3, 96, 112, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     with torch.no_grad():
         expected = tiny.forward_tokens(images)
@@ -292,7 +292,7 @@ def test_masked_softmax_is_the_official_formula(relative_error):
                 weights = torch.stack([w if j == i or keep[image, j] else 0 * w for j, w in enumerate(weights)])
                 weights = (weights + 1e-6 / 7) / (weights.sum() + 1e-6)
                 expected[image, head, i] = weights @ value[image, head]
-    assert relative_error(module.masked_attention(query, key, value, keep), expected) < 1e-12
+    assert relative_error(_deit.masked_attention(query, key, value, keep), expected) < 1e-12
 
 
 def test_decisions_are_hard_final_and_carry_soft_gradients():
