@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ def register(family: type[Backbone], variants: Iterable[VariantInfo]) -> None:
     """
     for variant in variants:
         _VARIANTS[variant.name] = (family, variant)
+    _outline.cache_clear()
 
 
 def list_backbones(pattern: str = "*") -> list[str]:
@@ -98,9 +100,18 @@ def build(name: str, overrides: Mapping[str, Any]) -> Backbone:
 def outline(name: str) -> Backbone:
     """The network without memory for its weights, on torch's meta device: everything that shapes can tell, fast.
 
+    It is made once and shared, and only to be looked at.
+
     Raises:
         ConfigError: As `build`.
     """
+    if not name.startswith(_TIMM):
+        _lookup(name)
+    return _outline(name)
+
+
+@functools.cache
+def _outline(name: str) -> Backbone:
     with torch.device("meta"), _NoValues():
         return build(name, {})
 

@@ -91,17 +91,6 @@ def test_light_verbs_import_neither_torch_nor_lightning(arguments):
     assert done.stdout
 
 
-def test_listing_backbones_imports_no_lightning_and_no_torchvision():
-    code = (
-        "import sys\nfrom effvit.cli import main\n"
-        "try:\n    main(['backbones'])\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
-        "heavy = {'lightning', 'torchvision', 'jsonargparse'} & set(sys.modules)\nassert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "efficientvit_m4" in done.stdout
-
-
 def test_compromised_lightning_releases_are_excluded():
     text = (ROOT / "pyproject.toml").read_text()
     assert "!=2.6.2" in text

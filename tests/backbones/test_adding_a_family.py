@@ -60,7 +60,7 @@ def test_it_is_gone_after_the_test():
 
 
 def test_the_contract_test_takes_it(module):
-    words = ["-m", "pytest", "-q", "-p", "plain", "-p", "no:cacheprovider", "-k", "plain"]
+    words = ["-m", "pytest", "-q", "-n", "0", "-p", "plain", "-p", "no:cacheprovider", "-k", "plain"]
     path = os.pathsep.join([str(module.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, *words, str(ROOT / "tests" / "backbones" / "test_backbone_contract.py")],

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from effvit.backbones import FeaturePyramid, backbone_info, create_backbone, create_classifier, list_backbones
+from effvit.backbones import (
+    Classifier,
+    FeaturePyramid,
+    backbone_info,
+    create_backbone,
+    create_classifier,
+    list_backbones,
+)
+from effvit.backbones._registry import outline
 
 NAMES = list_backbones()
 FAMILIES = sorted({backbone_info(name).family for name in NAMES})
@@ -28,8 +36,10 @@ SMALLEST = [
 
 @pytest.fixture(scope="module", params=NAMES)
 def shape_only(request):
+    trunk = outline(request.param)
     with torch.device("meta"):
-        return create_classifier(request.param).eval()
+        head, head_dist = (trunk.make_classifier(1000) for _ in range(2))
+    return Classifier(trunk, head, head_dist if trunk.distilled else None).eval()
 
 
 @pytest.fixture(scope="module", params=SMALLEST)
@@ -143,10 +153,9 @@ def test_gradient_checkpointing_changes_nothing(backbone, randomise):
         assert torch.allclose(gradients[1][name], gradient, rtol=1e-7, atol=1e-10 * largest), name
 
 
-def test_bfloat16_autocast_stays_close(backbone, randomise, relative_error):
+def test_bfloat16_autocast_stays_close(backbone, randomise):
     network = randomise(copy.deepcopy(backbone))
-    # Always the same image: where tokens are chosen by rank, rounding may choose another on one image in ten.
-    images = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
         expected = network(images)
         fused = copy.deepcopy(network).fuse()
@@ -154,7 +163,8 @@ def test_bfloat16_autocast_stays_close(backbone, randomise, relative_error):
             with torch.autocast("cpu", torch.bfloat16):
                 found = candidate(images)
             for level, feature in found.items():
-                assert relative_error(feature.float(), expected[level]) < 0.1
+                # In the mean: where tokens are chosen by rank, rounding may choose another for one that is as good.
+                assert (feature.float() - expected[level]).abs().mean() < 0.1 * expected[level].abs().mean()
     with torch.autocast("cpu", torch.bfloat16):
         loss = sum(feature.float().square().mean() for feature in network.train()(images.repeat(2, 1, 1, 1)).values())
     loss.backward()
@@ -200,12 +210,12 @@ def test_gradients_reach_the_image_of_a_fused_network(backbone, randomise, relat
     assert relative_error(gradients[1], gradients[0]) < 1e-4
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_exports(backbone, randomise, relative_error, fused):
     network = randomise(copy.deepcopy(backbone))
     if fused:
         network.fuse()
-    images = torch.randn(1, 3, 96, 130)
+    images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         expected, found = network(images), torch.export.export(network, (images,)).module()(images)
     for level, feature in expected.items():
