@@ -220,7 +220,7 @@ class DynamicViT(Backbone):
         """The tokens that stay, ``(B, kept)``, as numbers among those of ``(B, 1 + N, C)`` without the class token."""
         predictor: ScorePredictor = self.score_predictor[stage]  # type: ignore[assignment]
         # Attention does not care about the order.
-        return predictor.rank(x).topk(self.tokens_kept(count)[stage], 1, sorted=False).indices
+        return _rank(predictor, x, self.norm.weight.dtype).topk(self.tokens_kept(count)[stage], 1, sorted=False).indices
 
     def _gathered(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Inference: class token, tokens back on the grid, decisions. Dropped tokens are gone until the end."""
@@ -306,6 +306,15 @@ class DynamicViT(Backbone):
     def convert_key(cls, key: str) -> str | None:
         """The official names are ours, and timm's."""
         return key
+
+
+def _rank(predictor: ScorePredictor, x: Tensor, kind: torch.dtype) -> Tensor:
+    """``predictor.rank(x)`` in the type of its weights, also under autocast: in 8 bits, many tokens would be equal."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return predictor.rank(x.to(kind))
+    return predictor.rank(x)
 
 
 def _take(x: Tensor, kept: Tensor) -> Tensor:

@@ -118,7 +118,8 @@ def test_listing_loads_nothing_that_makes_it_slow():
     code = (
         "import sys\nfrom effvit.cli import main\n"
         "try:\n    main(['backbones'])\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
-        "heavy = {'timm', 'lightning', 'torchvision', 'jsonargparse', 'torch._dynamo', 'sympy'} & set(sys.modules)\nassert not heavy, heavy"
+        "heavy = {'timm', 'lightning', 'torchvision', 'jsonargparse', 'torch._dynamo', 'sympy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr
