@@ -68,6 +68,11 @@ def cells_to_map(cells: Tensor, like: Tensor) -> Tensor:
     return cells.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
+def side_of(table: Tensor) -> int:
+    """Side R of a table of a square grid ``(heads, R * R)``; of one that is not square, the nearest."""
+    return round(float(table.shape[1]) ** 0.5)  # `float`, since a traced size is a tensor
+
+
 def resize_bias_table(table: Tensor, height: int, width: int) -> Tensor:
     """Resizes tables of absolute offsets, as the official loaders do (bicubic, corners not aligned).
 
@@ -79,8 +84,7 @@ def resize_bias_table(table: Tensor, height: int, width: int) -> Tensor:
     Returns:
         ``(heads, height * width)``.
     """
-    heads, entries = table.shape
-    side = round(entries**0.5)
+    heads, side = table.shape[0], side_of(table)
     if (side, side) == (height, width):
         return table
     image = table.view(1, heads, side, side).float()
@@ -99,7 +103,7 @@ def fit_bias_table(table: Tensor, shape: torch.Size) -> Tensor | None:
         The resized table, or ``None`` where it is of other heads, or of a grid that is not square: how many rows a
         table such as (heads, 950) has cannot be told.
     """
-    if table.ndim != 2 or table.shape[0] != shape[0] or round(table.shape[1] ** 0.5) ** 2 != table.shape[1]:
+    if table.ndim != 2 or table.shape[0] != shape[0] or side_of(table) ** 2 != table.shape[1]:
         return None
     side = round(shape[1] ** 0.5)
     return resize_bias_table(table, side, side)
@@ -143,7 +147,7 @@ def stretch_bias(table: Tensor, height: int, width: int, stride: int = 1) -> Ten
     Returns:
         ``(heads, queries, cells)``.
     """
-    side = round(table.shape[1] ** 0.5)
+    side = side_of(table)
     matrix = expand_bias(table, side, side, stride)
     size = (-(-height // stride) * -(-width // stride), height * width)
     if matrix.shape[1:] == size:
