@@ -61,7 +61,7 @@ def _find_backbones(pattern: str) -> list[str]:
     names = list_backbones(pattern)
     if not names and not set(pattern) & set("*?["):
         prefix = "timm/" if pattern.startswith("timm/") else ""
-        names = list_backbones(f"{prefix}*{pattern.removeprefix(prefix)}*")
+        names = list_backbones(f"{prefix}*{pattern.removeprefix(prefix).lower()}*")
     if not names:
         known = list_backbones("timm/*" if pattern.startswith("timm/") else "*")
         hint = close_matches(pattern, known) if len(known) < _MEASURED * 2 else did_you_mean(pattern, known)

@@ -81,7 +81,10 @@ def load_checkpoint(network: Backbone | Classifier, path: str | Path, *, strict:
     state = read_checkpoint(path)
     backbone = network.backbone if isinstance(network, Classifier) else network
     report, values = _match(state, backbone, _targets(network))
-    if strict and not _required(network, backbone).isdisjoint({*report.missing, *report.mismatched}):
+    wrong = _required(network, backbone) & {*report.missing, *report.mismatched}
+    # What may be absent may not be there in another shape.
+    wrong |= {name for name in report.mismatched if name.startswith(backbone.fresh_allowed)}
+    if strict and wrong:
         raise CheckpointError(f"{path} does not fill {backbone.info.name}: {_verdict(state, backbone)}.\n{report}")
     for key in report.unexpected if strict else ():
         backbone.check_unexpected(key, state[key])
@@ -243,13 +246,22 @@ def _fit(backbone: Backbone, name: str, value: Tensor, shape: torch.Size) -> Ten
 
 
 def _prefix(state: Mapping[str, Tensor], backbone: Backbone, targets: Mapping[str, Tensor]) -> str:
-    """The prefix under which most of the network is found."""
+    """The prefix under which most of the network is found.
+
+    Raises:
+        CheckpointError: It is there twice, as a student and its teacher are.
+    """
     votes: Counter[str] = Counter()
     for key in state:
         for start in _starts(key):
             if backbone.convert_key(key[start:]) in targets:
                 votes[key[:start]] += 1
-    return votes.most_common(1)[0][0] if votes else ""
+    best = votes.most_common(2)
+    if len(best) == 2 and best[0][1] == best[1][1] > len(targets) // 2:
+        raise CheckpointError(
+            f"the file holds two networks, under {best[0][0]!r} and under {best[1][0]!r}; save one of them alone"
+        )
+    return best[0][0] if best else ""
 
 
 def _names(state: Mapping[str, Tensor], backbone: Backbone, prefix: str) -> list[tuple[str, str | None]]:

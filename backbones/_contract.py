@@ -63,6 +63,7 @@ class VariantInfo:
         origin: Who publishes the weights where, in a few words.
         url: The published weights, or ``None`` where they lie on a drive that no program can fetch them from.
         page: Where a person finds the weights; given where `url` is not.
+        instead: What else can be done where `url` is not given, a sentence.
         sha256: The file's hash, or its first digits, where the source publishes it.
     """
 
@@ -78,6 +79,7 @@ class VariantInfo:
     origin: str
     url: str | None
     page: str | None = None
+    instead: str | None = None
     sha256: str | None = None
 
 
@@ -207,12 +209,8 @@ class Backbone(nn.Module, ABC):
     def prepare_for_dense(self) -> None:
         """Brings the network to the form in which the authors train detectors.
 
-        ``FeaturePyramid`` calls it. It may replace parameters, so it comes before the optimizer is made. What only
-        `embed` reads is frozen: nothing of it would ever get a gradient.
+        ``FeaturePyramid`` calls it. It may replace parameters, so it comes before the optimizer is made.
         """
-        for name, parameter in self.named_parameters():
-            if name.startswith(self.embed_only):
-                parameter.requires_grad_(False)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trades a third more computation in training for the memory of the activations inside each block.
@@ -259,4 +257,4 @@ class Classifier(nn.Module):
             fuse_head = getattr(head, "fuse", None)
             if fuse_head is not None:
                 fuse_head()
-        return self
+        return self.requires_grad_(requires_grad=False)

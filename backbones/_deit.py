@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effvit.backbones._layers import gelu
-from effvit.backbones._windows import TableOfShape
+from effvit.backbones._windows import TableOfShape, side_of
 
 PATCH = 16
 EPSILON = 1e-6
@@ -138,7 +138,7 @@ def resize_position_embedding(table: Tensor, height: int, width: int) -> Tensor:
     Returns:
         ``(1, 1 + height * width, C)``.
     """
-    side = round((table.shape[1] - 1) ** 0.5)
+    side = side_of(table[:, 1:])
     if (side, side) == (height, width):
         return table
     image = table[:, 1:].transpose(1, 2).reshape(1, -1, side, side).float()

@@ -36,7 +36,7 @@ def as_matrix(weight: Tensor) -> nn.Parameter:
     return frozen(matrix if matrix.shape[1] % 512 == 0 else matrix.contiguous())
 
 
-class NormLinear(nn.Module):
+class LayerNormLinear(nn.Module):
     """LayerNorm and the linear layer behind it."""
 
     def __init__(self, norm: nn.LayerNorm, linear: nn.Linear) -> None:
@@ -72,9 +72,9 @@ class FusedBlock(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         self.heads = block.attn.heads
-        self.qkv = NormLinear(block.norm1, block.attn.qkv)
+        self.qkv = LayerNormLinear(block.norm1, block.attn.qkv)
         self.proj = ResidualLinear(block.attn.proj)
-        self.fc1 = NormLinear(block.norm2, block.mlp.fc1)
+        self.fc1 = LayerNormLinear(block.norm2, block.mlp.fc1)
         self.fc2 = ResidualLinear(block.mlp.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class FusedScorePredictor(nn.Module):
         super().__init__()
         norm, first = predictor.in_conv[0], predictor.in_conv[1]
         second, third, last = (cast("nn.Linear", predictor.out_conv[index]) for index in (0, 2, 4))
-        self.first = NormLinear(cast("nn.LayerNorm", norm), cast("nn.Linear", first))
+        self.first = LayerNormLinear(cast("nn.LayerNorm", norm), cast("nn.Linear", first))
         self.local, self.overall = (as_matrix(half) for half in second.weight.chunk(2, 1))
         self.second_bias = frozen(second.bias)
         self.third, self.third_bias = as_matrix(third.weight), frozen(third.bias)

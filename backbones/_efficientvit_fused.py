@@ -147,6 +147,10 @@ class FusedAttention(nn.Module):
         mixers = tuple(mixer_matrix(weight * self.scale, height, width) for weight in self.mixer_weights)
         return _WindowConstants(mixers, expand_bias(self.table, height, width).unbind())
 
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        self._cache.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, *args: object, **kwargs: object) -> FusedAttention:
         self._cache.clear()
         moved: FusedAttention = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]

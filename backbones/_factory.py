@@ -67,7 +67,8 @@ def _load(network: Backbone | Classifier, path: Path) -> None:
     backbone = network.backbone if isinstance(network, Classifier) else network
     report = load_checkpoint(network, path)
     _log.info("%s from %s: %s", backbone.info.name, path, report)
-    fresh = [name for name in report.missing if backbone.fresh_allowed and name.startswith(backbone.fresh_allowed)]
+    # The rest of the trunk is there, or loading had failed.
+    fresh = [name for name in (*report.missing, *report.mismatched) if not name.startswith(backbone.embed_only)]
     if fresh:
         more = f" and {len(fresh) - 1} more" if len(fresh) > 1 else ""
         _log.warning("%s: %s has no weights for %s%s, which start untrained", backbone.info.name, path, fresh[0], more)
@@ -78,11 +79,10 @@ def _weights(backbone: Backbone, pretrained: bool | str | Path) -> Path:
     if pretrained is not True:
         return Path(str(pretrained))
     info = backbone.info
-    if info.url is None and info.page is None:
-        raise CheckpointError(f"{info.name}: {info.origin}. Pass a file's path as `pretrained`, or leave it out.")
     if info.url is None:
+        see = f"; see {info.page}" if info.page else ""
         raise CheckpointError(
-            f"the weights of {info.name} are published where no program can fetch them ({info.origin}). Download them "
-            f"from {info.page} and pass the file's path as `pretrained`."
+            f"there are no weights of {info.name} that a program can fetch ({info.origin}{see}). Pass the path of a "
+            f"file as `pretrained`.{' ' + info.instead if info.instead else ''}"
         )
     return fetch(info.url, sha256=info.sha256)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effvit.backbones._simple_pyramid import SimplePyramid
+from effvit.backbones._unread import unread_parameters
 from effvit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class FeaturePyramid(nn.Module):
 
     Outside the simple pyramid there is no normalisation and no activation, and convolutions start Xavier-uniform,
     transposed ones Kaiming-normal (fan out), as in MMDetection. The backbone is brought to its dense form
-    (``Backbone.prepare_for_dense``).
+    (``Backbone.prepare_for_dense``), and those of its parameters that no level depends on are frozen, such as a
+    classifier's last norm: they would never get a gradient, which distributed training takes for an error.
 
     Args:
         backbone: Any backbone.
@@ -64,6 +66,8 @@ class FeaturePyramid(nn.Module):
             offered = ", ".join(spec.level for spec in backbone.feature_maps)
             raise ConfigError(f"the pyramid levels {tuple(levels)} and the backbone's maps ({offered}) share no stride")
         backbone.prepare_for_dense()
+        for name in unread_parameters(backbone, [f"c{number}" for number in shared]):
+            backbone.get_parameter(name).requires_grad_(False)
         self.backbone = backbone
         self.levels = tuple(levels)
         self.strides = tuple(2**number for number in numbers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 def recompute_later(block: nn.Module, *inputs: Tensor | None) -> Tensor:
     """``block(*inputs)`` that keeps only its inputs and computes the rest again when gradients are wanted."""
+    if torch.compiler.is_compiling():  # which counts a batch once, and knows no contexts
+        compiled: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+        return compiled
     out: Tensor = checkpoint(
         block, *inputs, use_reentrant=False, context_fn=lambda: (contextlib.nullcontext(), _fixed_statistics(block))
     )

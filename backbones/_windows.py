@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
@@ -70,7 +71,7 @@ def cells_to_map(cells: Tensor, like: Tensor) -> Tensor:
 
 def side_of(table: Tensor) -> int:
     """Side R of a table of a square grid ``(heads, R * R)``; of one that is not square, the nearest."""
-    return round(float(table.shape[1]) ** 0.5)  # `float`, since a traced size is a tensor
+    return round(math.sqrt(table.shape[1]))  # also of a size that is being traced, which is a tensor
 
 
 def resize_bias_table(table: Tensor, height: int, width: int) -> Tensor:
@@ -161,10 +162,14 @@ def is_recording() -> bool:
 
 
 class ShapeCache(Generic[_Value]):
-    """Constants of a module by shape, device and type; empty in every copy, since a copy's parameters are others."""
+    """Constants of a module by shape, device and type; empty in every copy, since a copy's parameters are others.
+
+    Where all would be too large, as over a data set of images of many large sizes, only the newest is kept.
+    """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[object, ...], _Value] = {}
+        self._bytes = 0
 
     def get_or_make(self, key: tuple[object, ...], make: Callable[[], _Value]) -> _Value:
         """What is kept under `key`, made without gradient where it is not there."""
@@ -172,15 +177,27 @@ class ShapeCache(Generic[_Value]):
         if kept is None:
             # Outside inference mode, since an inference tensor could not take part in a later recorded forward.
             with torch.inference_mode(mode=False), torch.no_grad():
-                kept = self._kept[key] = make()
+                kept = make()
+            size = _bytes_of(kept)
+            if self._bytes + size > _KEPT_BYTES:
+                self.clear()
+            self._bytes += size
+            self._kept[key] = kept
         return kept
 
     def clear(self) -> None:
         """Forgets everything."""
         self._kept.clear()
+        self._bytes = 0
 
     def __reduce__(self) -> tuple[type[ShapeCache[_Value]], tuple[()]]:
         return (type(self), ())
+
+
+def _bytes_of(value: object) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(_bytes_of, value)) if isinstance(value, tuple) else 0
 
 
 class TableOfShape(nn.Module):
@@ -194,7 +211,6 @@ class TableOfShape(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._cache: ShapeCache[Tensor] = ShapeCache()
-        self._kept = 0
         self._source: tuple[Tensor, int] | None = None
 
     def forward(self, table: Tensor, height: int, width: int) -> Tensor:
@@ -203,32 +219,21 @@ class TableOfShape(nn.Module):
             return self._expand(table, height, width)
         version = table._version  # noqa: SLF001 - torch's only counter of changes in place
         if self._source is None or self._source[0] is not table or self._source[1] != version:
-            self._clear()
+            self._cache.clear()
             self._source = (table, version)
         key = (height, width, table.device, table.dtype)
-        return self._cache.get_or_make(key, lambda: self._keep(self._expand(table, height, width)))
+        return self._cache.get_or_make(key, lambda: self._expand(table, height, width))
 
     def _expand(self, table: Tensor, height: int, width: int) -> Tensor:
         raise NotImplementedError
 
-    def _keep(self, made: Tensor) -> Tensor:
-        """Forgets the others where all would be too large, as over a data set of images of many large sizes."""
-        if self._kept + made.nbytes > _KEPT_BYTES:
-            self._clear()
-        self._kept += made.nbytes
-        return made
-
-    def _clear(self) -> None:
-        self._cache.clear()
-        self._kept = 0
-
     def train(self, mode: bool = True) -> TableOfShape:
         """Also forgets, for weights that were swapped through ``.data``, which counts no version."""
-        self._clear()
+        self._cache.clear()
         return super().train(mode)
 
     def _apply(self, *args: object, **kwargs: object) -> TableOfShape:
-        self._clear()
+        self._cache.clear()
         moved: TableOfShape = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return moved
 

@@ -33,6 +33,7 @@ from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
 from effvit.backbones._deit import PATCH, Block, PatchEmbed, PositionEmbedding, resize_position_embedding
 from effvit.backbones._dynamicvit_fused import FusedBlock, FusedScorePredictor
 from effvit.backbones._registry import register
+from effvit.backbones._windows import side_of
 from effvit.errors import ConfigError
 
 GRID = 14  # of the published position embeddings: 224 / 16
@@ -147,8 +148,8 @@ class DynamicViT(Backbone):
 
     def __init__(self, variant: DynamicViTVariant, *, keep_ratio: float = 0.7) -> None:
         super().__init__()
-        if not 0 < keep_ratio <= 1:
-            raise ConfigError(f"keep_ratio of {variant.name} must be above 0 and at most 1, not {keep_ratio}")
+        if not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio <= 1:
+            raise ConfigError(f"keep_ratio of {variant.name} is a number above 0 and at most 1, not {keep_ratio!r}")
         self.info = info_at(variant, keep_ratio)
         self.keep_ratio = keep_ratio
         self.fused = False
@@ -178,7 +179,7 @@ class DynamicViT(Backbone):
         """Map ``{"c4"}`` of normalised images ``(B, 3, H, W)``; see ``Backbone.forward``."""
         found = self.forward_tokens(images)
         rows, columns = found.grid
-        return {"c4": found.tokens.view(len(images), rows, columns, -1).permute(0, 3, 1, 2)}
+        return {"c4": found.tokens.view(images.shape[0], rows, columns, -1).permute(0, 3, 1, 2)}
 
     def forward_tokens(self, images: Tensor) -> DynamicTokens:
         """Class token, tokens on the grid and all decisions, from normalised images ``(B, 3, H, W)``.
@@ -213,7 +214,7 @@ class DynamicViT(Backbone):
         """Tokens with positions ``(B, 1 + N, C)``, the class token first, and the grid."""
         patches = self.patch_embed(images)
         grid = (patches.shape[1], patches.shape[2])
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches.flatten(1, 2)], 1)
+        x = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches.flatten(1, 2)], 1)
         return x.add_(self.position(self.pos_embed, *grid)), grid
 
     def _choose(self, stage: int, x: Tensor, count: int) -> Tensor:
@@ -286,7 +287,7 @@ class DynamicViT(Backbone):
         """Bicubic, see ``Backbone.resize_table``."""
         if name != "pos_embed" or table.ndim != 3 or table.shape[2] != shape[2]:
             return None
-        if round((table.shape[1] - 1) ** 0.5) ** 2 != table.shape[1] - 1:
+        if side_of(table[:, 1:]) ** 2 != table.shape[1] - 1:
             return None
         return resize_position_embedding(table, GRID, GRID)
 
@@ -309,7 +310,7 @@ class DynamicViT(Backbone):
 
 
 def _rank(predictor: ScorePredictor, x: Tensor, kind: torch.dtype) -> Tensor:
-    """``predictor.rank(x)`` in the type of its weights, also under autocast: in 8 bits, many tokens would be equal."""
+    """``predictor.rank(x)`` in the type of its weights under autocast too: with 8 bits many tokens would be equal."""
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
@@ -388,11 +389,13 @@ def _row(
         top1=top1,
         top5=top5,
         paper="2106.02034",
-        source="github.com/raoyongming/DynamicViT, README.md, and the paper's Table 1 (accuracy); the rest counted",
-        licence="MIT" if top1 else "Apache-2.0",
-        origin="the authors' Google Drive" if top1 else "DeiT's weights only; the predictors were never published",
+        source="github.com/raoyongming/DynamicViT, README.md, and the paper's Table 1 (accuracy); parameters and MACs "
+        "counted, without the norms, which the published GFLOPs include",
+        licence="MIT" if top1 else "Apache-2.0 (DeiT)",
+        origin="the authors' Google Drive" if top1 else "none were published; DeiT's fit",
         url=None,
         page="https://github.com/raoyongming/DynamicViT" if top1 else _DEIT_PAGE,
+        instead="keep_ratio=1.0 downloads DeiT, and a file of DeiT loads at any ratio, with fresh predictors.",
         channels=channels,
         heads=heads,
         other_top1=other_top1,

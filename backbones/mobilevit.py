@@ -13,8 +13,9 @@ Parameters carry timm's names (``mobilevit_*``), and the outputs are timm's and 
 
 Colours: the weights were trained by version 0.1 of CVNets, whose loader reads images with OpenCV and keeps BGR, scaled
 to [0, 1] and not normalised (``data/datasets/dataset_base.py`` at commit d38a116). So the first convolution of a file
-with Apple's names is turned to RGB at load; timm's files read RGB already. The option ``channel_order`` says otherwise
-where a file of either kind does.
+with Apple's names is turned to RGB at load; timm's files, which ``pretrained=True`` takes since timm measured their
+accuracy in RGB and the hub publishes their hashes, read RGB already. The option ``channel_order`` says otherwise where
+a file of either kind does.
 """
 
 from __future__ import annotations
@@ -185,8 +186,8 @@ def _row(
         paper="2110.02178",
         source="github.com/apple/ml-cvnets, README-model-zoo.md (accuracy); parameters and MACs counted",
         licence="Apple sample code licence (not OSI)",
-        origin="Apple's server",
-        url=f"https://docs-assets.developer.apple.com/ml-research/models/cvnets/classification/mobilevit_{name}.pt",
+        origin="timm's copy on the Hugging Face hub; Apple publishes on its own server",
+        url=f"https://huggingface.co/timm/mobilevit_{name}.cvnets_in1k/resolve/main/model.safetensors",
         page="https://github.com/apple/ml-cvnets/blob/main/docs/source/en/general/README-model-zoo.md",
         stem=16,
         channels=channels,

@@ -12,9 +12,10 @@ Parameters carry timm's names (``mobilevitv2_*``), and the logits are timm's and
 
 Colours: Apple introduced these weights with version 0.2 of CVNets, and trained them with its data set ``imagenet``
 (``config/classification/imagenet/mobilevit_v2.yaml`` at commit 5f5dbc7), which reads RGB with Pillow there; the loader
-of the first version, which kept BGR, had become ``imagenet_opencv``. The model zoo says the same. So a file with
-Apple's names is taken to read RGB, as timm's do. This is read off their code: no file could be compared. Set
-``channel_order="bgr"`` if a file proves to be otherwise.
+of the first version, which kept BGR, had become ``imagenet_opencv``. So a file with Apple's names is taken to read RGB.
+This is read off their code, no file could be compared, and Hugging Face's page on the model says BGR: set
+``channel_order="bgr"`` if a file proves to be so. ``pretrained=True`` takes timm's copy, whose accuracy timm measured
+in RGB.
 """
 
 from __future__ import annotations
@@ -168,9 +169,8 @@ def _row(width: float, params: int, macs: int, top1: float) -> CVNetVariant:
         paper="2206.02680",
         source="github.com/apple/ml-cvnets, README-model-zoo.md (accuracy); parameters and MACs counted",
         licence="Apple sample code licence (not OSI)",
-        origin="Apple's server",
-        url="https://docs-assets.developer.apple.com/ml-research/models/cvnets-v2/classification/mobilevitv2/"
-        f"imagenet1k/256x256/mobilevitv2-{width}.pt",
+        origin="timm's copy on the Hugging Face hub; Apple publishes on its own server",
+        url=f"https://huggingface.co/timm/mobilevitv2_{int(width * 100):03d}.cvnets_in1k/resolve/main/model.safetensors",
         page="https://github.com/apple/ml-cvnets/blob/main/docs/source/en/general/README-model-zoo.md",
         stem=unit,
         channels=(unit * 2, unit * 4, unit * 8, unit * 12, unit * 16),

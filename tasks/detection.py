@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW
 
 from effvit.backbones import FeaturePyramid, create_backbone
@@ -138,7 +139,9 @@ class Detection(Task):
         """Starts training mode, and warns of a backbone that cannot be trained well as it is set up."""
         super().on_fit_start()
         options = self.hparams
-        if self.norm_eval and not (options["pretrained"] or options["checkpoint"] or self.trainer.ckpt_path):
+        started = options["pretrained"] or options["checkpoint"] or self.trainer.ckpt_path
+        has_statistics = any(isinstance(module, _BatchNorm) for module in self.detector.pyramid.backbone.modules())
+        if self.norm_eval and has_statistics and not started:
             _log.warning(
                 "the backbone starts from random weights with fixed BatchNorm statistics (norm_eval), which only fits "
                 "pretrained weights: pass --model.pretrained true (or a file), or --model.norm_eval false"

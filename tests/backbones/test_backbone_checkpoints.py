@@ -304,3 +304,46 @@ def test_a_dense_file_asks_for_the_option_that_it_belongs_to(name, tmp_path):
     loaded = create_backbone(name, official_grid=16, pretrained=tmp_path / "dense.pth")
     for key, value in dense.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_a_file_with_two_networks_is_refused(m0, tmp_path):
+    state = {f"{who}.backbone.{key}": value for who in ("student", "teacher") for key, value in m0.state_dict().items()}
+    torch.save(state, tmp_path / "pair.pth")
+    with pytest.raises(CheckpointError, match=r"two networks, under 'student.backbone.' and under 'teacher.backbone.'"):
+        create_backbone("efficientvit_m0", pretrained=tmp_path / "pair.pth")
+
+
+def test_a_part_that_may_be_absent_may_not_be_of_another_shape(tmp_path, caplog):
+    state = create_backbone("dynamicvit_tiny").state_dict()
+    name = "score_predictor.0.in_conv.1.weight"
+    torch.save({**state, name: torch.zeros(5, 5)}, tmp_path / "wrong.pth")
+    with pytest.raises(CheckpointError, match=f"mismatched: {name}"):
+        create_backbone("dynamicvit_tiny", pretrained=tmp_path / "wrong.pth")
+    torch.save({key: value for key, value in state.items() if "score" not in key}, tmp_path / "deit.pth")
+    create_backbone("dynamicvit_tiny", pretrained=tmp_path / "deit.pth")
+    assert "no weights for score_predictor.0.in_conv.0.weight and 29 more, which start untrained" in caplog.text
+
+
+def test_a_head_that_starts_untrained_is_said(m0, tmp_path, caplog):
+    torch.save(
+        {key: value for key, value in m0.state_dict().items() if not key.startswith("head")}, tmp_path / "trunk.pth"
+    )
+    create_backbone("efficientvit_m0", pretrained=tmp_path / "trunk.pth")
+    assert "untrained" not in caplog.text
+    create_classifier("efficientvit_m0", pretrained=tmp_path / "trunk.pth")
+    assert "no weights for head.bn.weight and 5 more, which start untrained" in caplog.text
+
+
+def test_loading_into_a_fused_network_leaves_no_constants_behind(randomise):
+    networks = [randomise(create_backbone("efficientvit_m0"), seed).fuse() for seed in (1, 2)]
+    images = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        expected = networks[0](images)["c6"]
+        networks[1](images)
+        networks[1].load_state_dict(networks[0].state_dict())
+        assert torch.equal(networks[1](images)["c6"], expected)
+
+
+def test_weights_that_no_program_can_fetch():
+    with pytest.raises(CheckpointError, match=r"Drive; see https.*Pass the path .*keep_ratio=1.0 downloads DeiT"):
+        create_backbone("dynamicvit_small", pretrained=True)

@@ -1,0 +1,44 @@
+"""Which parameters of a backbone some of its maps do not depend on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from effvit.backbones._contract import Backbone
+
+_SIDE = 64
+
+
+def unread_parameters(backbone: Backbone, levels: Collection[str]) -> list[str]:
+    """Names of the parameters that would never get a gradient from these maps.
+
+    Found by asking for the gradients of one forward in training mode, in which nothing is computed: parameters, buffers
+    and image are on torch's meta device.
+
+    Args:
+        backbone: Any; it is not changed.
+        levels: Names of the maps that are read.
+    """
+    parameters = {
+        name: torch.empty_like(parameter, device="meta").requires_grad_()
+        for name, parameter in backbone.named_parameters()
+    }
+    buffers = {name: torch.empty_like(buffer, device="meta") for name, buffer in backbone.named_buffers()}
+    modes = {module: module.training for module in backbone.modules()}
+    images = torch.empty(2, 3, _SIDE, _SIDE, device="meta", dtype=next(iter(parameters.values())).dtype)
+    backbone.train()
+    try:
+        with torch.enable_grad():
+            maps: dict[str, Tensor] = torch.func.functional_call(backbone, {**parameters, **buffers}, (images,))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    read = [maps[level].sum() for level in levels]
+    gradients = torch.autograd.grad(read, list(parameters.values()), allow_unused=True)
+    return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
