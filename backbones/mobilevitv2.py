@@ -159,8 +159,9 @@ class MobileViTv2(CVNet):
 
 def _row(width: float, params: int, macs: int, top1: float) -> CVNetVariant:
     unit = int(32 * width)
+    name = f"mobilevitv2_{int(width * 100):03d}"
     return CVNetVariant(
-        name=f"mobilevitv2_{int(width * 100):03d}",
+        name=name,
         family="MobileViTv2",
         params=params,
         macs=macs,
@@ -170,7 +171,7 @@ def _row(width: float, params: int, macs: int, top1: float) -> CVNetVariant:
         source="github.com/apple/ml-cvnets, README-model-zoo.md (accuracy); parameters and MACs counted",
         licence="Apple sample code licence (not OSI)",
         origin="timm's copy on the Hugging Face hub; Apple publishes on its own server",
-        url=f"https://huggingface.co/timm/mobilevitv2_{int(width * 100):03d}.cvnets_in1k/resolve/main/model.safetensors",
+        url=f"https://huggingface.co/timm/{name}.cvnets_in1k/resolve/main/model.safetensors",
         page="https://github.com/apple/ml-cvnets/blob/main/docs/source/en/general/README-model-zoo.md",
         stem=unit,
         channels=(unit * 2, unit * 4, unit * 8, unit * 12, unit * 16),

@@ -213,3 +213,9 @@ def test_levels_that_vitdets_pyramid_lacks_are_refused():
         FeaturePyramid(OneMap(), ("p1", "p2", "p3", "p4"))
     with pytest.raises(ConfigError, match="share no stride"):
         FeaturePyramid(OneMap(), ("p5", "p6"))
+
+
+def test_norms_of_maps_that_no_level_reads_are_frozen():
+    pyramid = FeaturePyramid(create_backbone("efficientformer_l1", official_grid=2), out_channels=8)
+    frozen = [name for name, parameter in pyramid.named_parameters() if not parameter.requires_grad]
+    assert frozen == [f"backbone.{norm}.{kind}" for norm in ("norm", "norm0") for kind in ("weight", "bias")]
