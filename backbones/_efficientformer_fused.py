@@ -107,7 +107,7 @@ class FusedPoolBlock(nn.Module):
 
     def _feed_forward(self, cells: Tensor) -> Tensor:
         hidden_size = cells.shape[0] * self.widen.shape[0]
-        if hidden_size > _LARGE_HIDDEN and _works_in_place(cells):
+        if _works_in_place(cells) and hidden_size > _LARGE_HIDDEN:  # no size is compared while a graph is recorded
             for part in cells.chunk(-(-hidden_size // _PART_OF_HIDDEN)):
                 accumulate(part, gelu(F.linear(part, self.widen, self.widen_bias)), self.narrow.t())
             return cells
@@ -128,7 +128,7 @@ class FusedAttentionBlock(nn.Module):
         self.widen, self.widen_bias = _after_norm(block.norm2, block.mlp.fc1)
         self.narrow, self.narrow_bias = _scaled(block.mlp.fc2, block.ls2)
         self.table = frozen(mixer.table)
-        self.bias = AttentionBias(stretched=mixer.bias.stretched)
+        self.bias = AttentionBias(stretched=mixer.official)
         self.eps = (block.norm1.eps, block.norm2.eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ def _scaled(linear: nn.Linear, scale: LayerScale) -> tuple[Tensor, Tensor]:
 
 def _works_in_place(cells: Tensor) -> bool:
     """Whether parts of the cells can be written over: on a GPU parts are slower, autocast only casts what is new."""
-    return cells.is_cpu and not (torch.is_grad_enabled() or is_recording() or torch.is_autocast_enabled("cpu"))
+    return cells.is_cpu and not (is_recording() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
 
 
 def _ends(x: Tensor, dim: int) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effvit.backbones._efficientformerv2_heads import add_attended, map_to_heads, mix_heads, score
 from effvit.backbones._fused import accumulate, bias_of, channels_last, frozen
 from effvit.backbones._layers import fold_norm, gelu
 from effvit.backbones._windows import AttentionBias, cells_to_map, is_recording, map_to_cells
@@ -88,15 +89,16 @@ class InParts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same; `x` is overwritten where no gradient is recorded."""
-        count = max(1, _PART_BYTES // (self.widest() * x.shape[2] * x.shape[3] * x.element_size()))
         if (
-            x.shape[0] <= count
+            is_recording()  # asked first: a graph for any batch must not compare its size
             or x.device.type != "cpu"
-            or is_recording()
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
             or not x.is_contiguous(memory_format=torch.channels_last)
         ):
+            return self.mix(x)
+        count = max(1, _PART_BYTES // (self.widest() * x.shape[2] * x.shape[3] * x.element_size()))
+        if x.shape[0] <= count:
             return self.mix(x)
         for part in torch.split(x, count):
             self.mix(part)
@@ -176,8 +178,8 @@ class FusedAttention(InParts):
         """``(B, C, h, w)`` to ``(B, values, h, w)``."""
         values = self.value(x)
         local = self.local(values)
-        query, key = split_heads(self.query(x), self.heads), split_heads(self.key(x), self.heads)
-        return add_attended(local, self.talk(query, key, x.shape[2], x.shape[3]), split_heads(values, self.heads))
+        query, key = map_to_heads(self.query(x), self.heads), map_to_heads(self.key(x), self.heads)
+        return add_attended(local, self.talk(query, key, x.shape[2], x.shape[3]), map_to_heads(values, self.heads))
 
 
 class TalkingHeads(nn.Module):
@@ -197,50 +199,6 @@ class TalkingHeads(nn.Module):
         bias = self.bias(self.table, height, width)
         attention = mix_heads(query @ key.transpose(2, 3), self.before, bias).softmax(-1)
         return mix_heads(attention, self.after, self.after_bias)
-
-
-def mix_heads(attention: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What the talking heads' pointwise convolutions are, without a convolution's overhead.
-
-    Args:
-        attention: ``(B, heads, M, N)``.
-        weight: ``(heads, heads, 1, 1)``.
-        bias: ``(heads,)``, or one for each pair too, ``(heads, M, N)``.
-
-    Returns:
-        ``(B, heads, M, N)``.
-    """
-    assert bias is not None
-    mixer = weight.flatten(1).expand(attention.shape[0], -1, -1)
-    return torch.baddbmm(bias.view(bias.shape[0], -1), mixer, attention.flatten(2)).view(attention.shape)
-
-
-def score(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
-    """Attention before softmax, ``(B, heads, M, N)``, of ``(B, heads, M, D)``, ``(B, heads, N, D)`` and a bias."""
-    products = query @ key.transpose(2, 3)
-    # In place where autocast did not make the product less precise: at detection size it has 100 MB.
-    return products.add_(bias) if products.dtype == bias.dtype else products + bias
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """``(B, heads * D, H, W)`` to ``(B, heads, H * W, D)``; a view where the map is in channels-last memory."""
-    return map_to_cells(x).view(x.shape[0], -1, heads, x.shape[1] // heads).transpose(1, 2)
-
-
-def add_attended(local: Tensor, attention: Tensor, values: Tensor) -> Tensor:
-    """``local + attention @ values``.
-
-    Args:
-        local: The local path ``(B, heads * D, h, w)``, overwritten.
-        attention: ``(B, heads, h * w, N)``.
-        values: ``(B, heads, N, D)``.
-
-    Returns:
-        ``(B, heads * D, h, w)``.
-    """
-    attended = (attention @ values).transpose(1, 2)
-    cells = map_to_cells(local)
-    return cells_to_map(cells.view(attended.shape).add_(attended).view(cells.shape), local)
 
 
 class FusedAttentionDownsample(nn.Module):
@@ -267,9 +225,9 @@ class FusedAttentionDownsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
         beside, values = self.beside(x), self.value(x)
-        query, key = split_heads(self.query(self.local_query(x)), self.heads), split_heads(self.key(x), self.heads)
+        query, key = map_to_heads(self.query(self.local_query(x)), self.heads), map_to_heads(self.key(x), self.heads)
         logits = score(query, key, self.bias(self.table, x.shape[2], x.shape[3]))
-        out = add_attended(self.local(values), logits.softmax(-1), split_heads(values, self.heads))
+        out = add_attended(self.local(values), logits.softmax(-1), map_to_heads(values, self.heads))
         return self.output.add_to(beside, gelu(out))
 
 

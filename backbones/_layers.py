@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effvit.backbones._windows import is_recording
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 
 @torch.no_grad()
@@ -241,3 +246,34 @@ class NormLinear(nn.Module):
         linear.weight.copy_(weight * scale)
         self.bn = nn.Identity()
         self.requires_grad_(requires_grad=False)
+
+
+def make_head(num_features: int, num_classes: int) -> nn.Linear:
+    """A linear classifier, untrained: truncated normal of 0.02, no bias."""
+    head = nn.Linear(num_features, num_classes)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def layers_of(stem: str, stages: Iterable[nn.Module]) -> list[str]:
+    """What the names of each layer's parameters start with, in the order of the layers, for `depth_of`.
+
+    Args:
+        stem: What those of layer 0 start with.
+        stages: The modules of ``stages``. Each has a ``downsample``, which counts in all but the first, and ``blocks``,
+            which count unless they are an ``nn.Identity``.
+    """
+    layers = [stem]
+    for position, stage in enumerate(stages):
+        if position:
+            layers.append(f"stages.{position}.downsample.")
+        for name, block in stage.get_submodule("blocks").named_children():
+            if not isinstance(block, nn.Identity):
+                layers.append(f"stages.{position}.blocks.{name}.")
+    return layers
+
+
+def depth_of(parameter_name: str, layers: Sequence[str]) -> int:
+    """The layer that a parameter is of; ``len(layers)`` for one that is of none."""
+    return next((depth for depth, layer in enumerate(layers) if parameter_name.startswith(layer)), len(layers))

@@ -26,15 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
+from effvit.backbones._contract import FeatureMap, VariantInfo
+from effvit.backbones._deit import Mlp
 from effvit.backbones._efficientformer_fused import FusedAttentionBlock, FusedDownsample, FusedPoolBlock, FusedStem
-from effvit.backbones._layers import LayerScale, attend, convolve_pointwise, gelu, split_heads
+from effvit.backbones._layers import LayerScale, attend, convolve_pointwise, gelu, layers_of, split_heads
 from effvit.backbones._registry import register
-from effvit.backbones._snap import DENSE_TABLE, check_dense_table
-from effvit.backbones._windows import AttentionBias, fit_bias_table
-from effvit.errors import ConfigError
+from effvit.backbones._snap import DENSE_TABLE, HEADS, ORIGIN, PAGE, BiasTable, SnapNetwork
 
-HEADS = 8
 KEY_DIM = 32
 VALUE_DIM = 128
 MLP_RATIO = 4
@@ -74,7 +72,7 @@ class PoolBlock(nn.Module):
         return out
 
 
-class Attention(nn.Module):
+class Attention(BiasTable):
     """Attention of all cells of a map to all others, with a learned bias for each head and offset.
 
     Args:
@@ -83,22 +81,12 @@ class Attention(nn.Module):
     """
 
     def __init__(self, channels: int, official_grid: int | None) -> None:
-        super().__init__()
+        super().__init__(official_grid or TABLE_SIZE, official=official_grid is not None)
         self.split = (KEY_DIM, KEY_DIM, VALUE_DIM)
         self.scale = KEY_DIM**-0.5
         # Each head's query, key and value lie together, as published.
         self.qkv = nn.Linear(channels, HEADS * sum(self.split))
         self.proj = nn.Linear(HEADS * VALUE_DIM, channels)
-        # Snap's dense networks have both names, and what has the first one is not used there.
-        self.table_name = "attention_biases" if official_grid is None else DENSE_TABLE
-        side = official_grid or TABLE_SIZE
-        self.register_parameter(self.table_name, nn.Parameter(torch.zeros(HEADS, side**2)))
-        self.bias = AttentionBias(stretched=official_grid is not None)
-
-    @property
-    def table(self) -> nn.Parameter:
-        """The bias table in use, under whichever name."""
-        return self.get_parameter(self.table_name)
 
     def forward(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """Attends.
@@ -113,21 +101,7 @@ class Attention(nn.Module):
         """
         projected: Tensor = self.qkv(tokens)
         query, key, value = split_heads(projected, self.split)
-        out: Tensor = self.proj(attend(query * self.scale, key, value, self.bias(self.table, height, width)))
-        return out
-
-
-class Mlp(nn.Module):
-    """Two linear layers, the tokens four times as wide between them."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(channels, channels * MLP_RATIO)
-        self.fc2 = nn.Linear(channels * MLP_RATIO, channels)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """``(B, N, C)`` to the same."""
-        out: Tensor = self.fc2(gelu(self.fc1(tokens)))
+        out: Tensor = self.proj(attend(query * self.scale, key, value, self.biases(height, width)))
         return out
 
 
@@ -222,7 +196,7 @@ class EfficientFormerVariant(VariantInfo):
     attention: int
 
 
-class EfficientFormer(Backbone):
+class EfficientFormer(SnapNetwork):
     """The network.
 
     Maps ``"c2"`` … ``"c5"`` are the raw outputs of the four stages (strides 4, 8, 16, 32).
@@ -234,20 +208,13 @@ class EfficientFormer(Backbone):
             output. `embed` reads the last stage before that norm. A classifier's file fills the rest.
 
     Raises:
-        ConfigError: `official_grid` is below 1.
+        ConfigError: `official_grid` is no int of at least 1.
     """
 
-    distilled = True
-    embed_only = ("norm.",)
-
     def __init__(self, variant: EfficientFormerVariant, *, official_grid: int | None = None) -> None:
-        super().__init__()
-        if official_grid is not None and official_grid < 1:
-            raise ConfigError(f"official_grid must be at least 1 (Snap's are 25 and 16), got {official_grid}")
+        super().__init__(official_grid)
         self.info = variant if official_grid is None else _with_grid(variant, official_grid)
-        self.variant = variant
-        self.official_grid = official_grid
-        self.stem: nn.Module = Stem(variant.channels[0])
+        self.stem = Stem(variant.channels[0])
         stages: list[nn.Module] = []
         before = 0
         for channels, depth in zip(variant.channels, variant.depth, strict=True):
@@ -267,70 +234,21 @@ class EfficientFormer(Backbone):
             FeatureMap(f"c{level}", channels, 2**level) for level, channels in enumerate(variant.channels, start=2)
         )
         self.num_features = before
-        self.num_layers = 1 + sum(variant.depth) + 3
+        self.layers = layers_of("stem.", self.stages)
+        self.num_layers = len(self.layers)
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps ``{"c2", "c3", "c4", "c5"}`` of normalised images ``(B, 3, H, W)``; see ``Backbone.forward``."""
-        outputs = self._stage_outputs(images)
+        outputs = self.stage_outputs(images)
         if self.official_grid is not None:
             outputs = [self.get_submodule(f"norm{2 * position}")(x) for position, x in enumerate(outputs)]
         return {spec.level: output for spec, output in zip(self.feature_maps, outputs, strict=True)}
 
-    def _stage_outputs(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(images)
-        outputs = []
-        for stage in self.stages:
-            x = self.run(stage.get_submodule("downsample"), x)
-            for block in stage.get_submodule("blocks").children():
-                x = self.run(block, x)
-            outputs.append(x)
-        return outputs
-
     def embed(self, images: Tensor) -> Tensor:
         """The last stage after LayerNorm, its mean over the map, ``(B, num_features)``."""
-        cells: Tensor = self.norm(self._stage_outputs(images)[-1].permute(0, 2, 3, 1))
+        cells: Tensor = self.norm(self.stage_outputs(images)[-1].permute(0, 2, 3, 1))
         return cells.mean((1, 2))
-
-    def make_classifier(self, num_classes: int) -> nn.Linear:
-        """Linear."""
-        head = nn.Linear(self.num_features, num_classes)
-        _initialise(head)
-        return head
-
-    def no_weight_decay(self) -> set[str]:
-        """None: the official optimizer decays the bias tables too (timm's would not)."""
-        return set()
-
-    def layer_of(self, parameter_name: str) -> int:
-        """Stem 0, then each downsampling and each block one more; see ``Backbone.layer_of``."""
-        if parameter_name.startswith("stem."):
-            return 0
-        if parameter_name.startswith("norm."):
-            return self.num_layers - 1
-        found = re.match(r"stages\.(\d)\.(?:downsample|blocks\.(\d+))\.", parameter_name)
-        if found is None:
-            return self.num_layers
-        stage, block = int(found[1]), found[2]
-        depth = self.variant.depth
-        first = 1 + sum(depth[:stage]) + max(stage - 1, 0)
-        if block is None:
-            return first
-        flattened = stage == 3 and int(block) > depth[3] - self.variant.attention
-        return first + (stage > 0) + int(block) - flattened
-
-    def resize_table(self, name: str, table: Tensor, shape: torch.Size) -> Tensor | None:
-        """Bicubic, see ``Backbone.resize_table``.
-
-        Raises:
-            CheckpointError: The tables are Snap's for another nominal grid, to which they belong.
-        """
-        self.check_unexpected(name, table)
-        return fit_bias_table(table, shape) if name.endswith("attention_biases") else None
-
-    def check_unexpected(self, key: str, value: Tensor) -> None:
-        """Refuses the tables of Snap's dense files where they are not the network's; see ``Backbone``."""
-        check_dense_table(self.info.name, key, value, self.official_grid)
 
     def fuse(self) -> EfficientFormer:
         """See ``Backbone.fuse``; the deploy form is in ``_efficientformer_fused``."""
@@ -398,9 +316,9 @@ def _row(
         source="github.com/snap-research/EfficientFormer, README.md (accuracy; of L1 after 1000 epochs, which timm's "
         "copy is by its measured 80.5 at crop 0.95); parameters and MACs counted",
         licence="Apache-2.0",
-        origin="timm's copy on the Hugging Face hub; the authors publish on Google Drive",
+        origin=ORIGIN,
         url=f"https://huggingface.co/timm/efficientformer_{name}.snap_dist_in1k/resolve/main/model.safetensors",
-        page="https://github.com/snap-research/EfficientFormer#readme",
+        page=PAGE,
         channels=channels,
         depth=depth,
         attention=attention,

@@ -25,24 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
-from effvit.backbones._efficientformerv2_fused import (
-    FusedNorm,
-    FusedStem,
-    add_attended,
-    fused_blocks,
-    fused_downsample,
-    mix_heads,
-    score,
-    split_heads,
-)
-from effvit.backbones._layers import ConvNorm, DropPath, LayerScale, gelu
+from effvit.backbones._contract import FeatureMap, VariantInfo
+from effvit.backbones._efficientformerv2_fused import FusedNorm, FusedStem, fused_blocks, fused_downsample
+from effvit.backbones._efficientformerv2_heads import add_attended, map_to_heads, mix_heads, score
+from effvit.backbones._layers import ConvNorm, DropPath, LayerScale, gelu, layers_of
 from effvit.backbones._registry import register
-from effvit.backbones._snap import DENSE_TABLE, check_dense_table
-from effvit.backbones._windows import AttentionBias, fit_bias_table
-from effvit.errors import ConfigError
+from effvit.backbones._snap import DENSE_TABLE, HEADS, ORIGIN, PAGE, BiasTable, SnapNetwork
 
-HEADS = 8
 VALUE_RATIO = 4  # a head's value is as many times as wide as its key
 GRID = 7  # side of the map of stride 32 of the published size
 
@@ -64,32 +53,6 @@ class FeedForward(nn.Module):
         """``(B, C, H, W)`` to the same."""
         out: Tensor = self.fc2(gelu(self.mid(gelu(self.fc1(x)))))
         return out
-
-
-class BiasTable(nn.Module):
-    """A table of attention biases, and its name, which tells how it is brought to other maps.
-
-    Args:
-        side: The map that the table is made for, whose absolute offsets it holds.
-        stride: Which cells of that map are queries, see ``AttentionBias``.
-        official: Stretch the expanded matrix, as Snap's dense files do.
-    """
-
-    attention_biases: nn.Parameter
-    attention_biases_seg: nn.Parameter
-
-    def __init__(self, side: int, stride: int = 1, *, official: bool = False) -> None:
-        super().__init__()
-        self.register_parameter(
-            DENSE_TABLE if official else "attention_biases", nn.Parameter(torch.zeros(HEADS, side**2))
-        )
-        self.official = official
-        self.bias = AttentionBias(stride, stretched=official)
-
-    @property
-    def table(self) -> nn.Parameter:
-        """The parameter."""
-        return self.attention_biases_seg if self.official else self.attention_biases
 
 
 class Attention(BiasTable):
@@ -121,12 +84,12 @@ class Attention(BiasTable):
         """``(B, C, H, W)`` to the same."""
         reduced = x if self.stride_conv is None else self.stride_conv(x)
         height, width = reduced.shape[-2:]
-        query = split_heads(self.q(reduced) * self.key_dim**-0.5, self.heads)
-        key, values = split_heads(self.k(reduced), self.heads), self.v(reduced)
-        attention = score(query, key, self.bias(self.table, height, width))
+        query = map_to_heads(self.q(reduced) * self.key_dim**-0.5, self.heads)
+        key, values = map_to_heads(self.k(reduced), self.heads), self.v(reduced)
+        attention = score(query, key, self.biases(height, width))
         attention = mix_heads(attention, self.talking_head1.weight, self.talking_head1.bias).softmax(-1)
         attention = mix_heads(attention, self.talking_head2.weight, self.talking_head2.bias)
-        out = add_attended(self.v_local(values), attention, split_heads(values, self.heads))
+        out = add_attended(self.v_local(values), attention, map_to_heads(values, self.heads))
         if self.stride_conv is not None:
             out = F.interpolate(out, scale_factor=2, mode="bilinear")[:, :, : x.shape[2], : x.shape[3]]
         projected: Tensor = self.proj(gelu(out))
@@ -169,10 +132,10 @@ class AttentionDownsample(BiasTable):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
-        query = split_heads(self.q(x) * self.key_dim**-0.5, self.heads)
-        key, values = split_heads(self.k(x), self.heads), self.v(x)
-        attention = score(query, key, self.bias(self.table, x.shape[2], x.shape[3]))
-        out = add_attended(self.v_local(values), attention.softmax(-1), split_heads(values, self.heads))
+        query = map_to_heads(self.q(x) * self.key_dim**-0.5, self.heads)
+        key, values = map_to_heads(self.k(x), self.heads), self.v(x)
+        attention = score(query, key, self.biases(x.shape[2], x.shape[3]))
+        out = add_attended(self.v_local(values), attention.softmax(-1), map_to_heads(values, self.heads))
         projected: Tensor = self.proj(gelu(out))
         return projected
 
@@ -259,7 +222,7 @@ class EfficientFormerV2Variant(VariantInfo):
     drop_path: float
 
 
-class EfficientFormerV2(Backbone):
+class EfficientFormerV2(SnapNetwork):
     """The network.
 
     Maps ``"c2"`` to ``"c5"`` are the raw outputs of the four stages (strides 4 to 32).
@@ -271,19 +234,13 @@ class EfficientFormerV2(Backbone):
             classifier's.
 
     Raises:
-        ConfigError: `official_grid` is below 1.
+        ConfigError: `official_grid` is no int of at least 1.
     """
 
-    distilled = True
-    embed_only = ("norm.",)
-
     def __init__(self, variant: EfficientFormerV2Variant, *, official_grid: int | None = None) -> None:
-        super().__init__()
-        if official_grid is not None and official_grid < 1:
-            raise ConfigError(f"official_grid must be at least 1 (Snap's are 25 and 16), got {official_grid}")
-        self.official_grid = official_grid
+        super().__init__(official_grid)
         official, grid = official_grid is not None, official_grid or GRID
-        self.stem: nn.Module = Stem(variant.channels[0])
+        self.stem = Stem(variant.channels[0])
         stages = []
         drop_paths = iter(torch.linspace(0, variant.drop_path, sum(map(len, variant.ratios)), device="cpu").tolist())
         before = 0
@@ -307,7 +264,8 @@ class EfficientFormerV2(Backbone):
             FeatureMap(f"c{level}", channels, 2**level) for level, channels in enumerate(variant.channels, start=2)
         )
         self.num_features = variant.channels[-1]
-        self.num_layers = 1 + sum(map(len, variant.ratios)) + 3
+        self.layers = layers_of("stem.", self.stages)
+        self.num_layers = len(self.layers)
         self.info = variant
         if official_grid is not None:
             self.info = _of_dense_network(variant, official_grid)
@@ -316,60 +274,12 @@ class EfficientFormerV2(Backbone):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps ``{"c2", "c3", "c4", "c5"}`` of normalised images ``(B, 3, H, W)``; see ``Backbone.forward``."""
-        x = self.stem(images)
-        maps = {}
-        for spec, stage in zip(self.feature_maps, self.stages, strict=True):
-            x = self.run(stage.get_submodule("downsample"), x)
-            for block in stage.get_submodule("blocks").children():
-                x = self.run(block, x)
-            maps[spec.level] = x
-        return maps
+        return {spec.level: x for spec, x in zip(self.feature_maps, self.stage_outputs(images), strict=True)}
 
     def embed(self, images: Tensor) -> Tensor:
         """The last stage's normed map, its mean, ``(B, num_features)``."""
-        maps: dict[str, Tensor] = self(images)
-        normed: Tensor = self.norm(maps["c5"])
+        normed: Tensor = self.norm(self.stage_outputs(images)[-1])
         return normed.mean((2, 3))
-
-    def make_classifier(self, num_classes: int) -> nn.Linear:
-        """One linear layer; the published network has two of them."""
-        head = nn.Linear(self.num_features, num_classes)
-        nn.init.trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        return head
-
-    def no_weight_decay(self) -> set[str]:
-        """None: the official optimizer decays the bias tables too (timm's would not)."""
-        return set()
-
-    def layer_of(self, parameter_name: str) -> int:
-        """Stem 0, then each downsampling and each block one more; see ``Backbone.layer_of``."""
-        if parameter_name.startswith("stem."):
-            return 0
-        if parameter_name.startswith("norm."):
-            return self.num_layers - 1
-        found = re.match(r"stages\.(\d)\.(?:downsample|blocks\.(\d+))\.", parameter_name)
-        if found is None:
-            return self.num_layers
-        stage, block = int(found[1]), found[2]
-        variant = cast("EfficientFormerV2Variant", self.info)
-        first = 1 + sum(map(len, variant.ratios[:stage])) + max(stage - 1, 0)
-        if block is None:
-            return first
-        return first + int(block) + (stage > 0)
-
-    def resize_table(self, name: str, table: Tensor, shape: torch.Size) -> Tensor | None:
-        """Bicubic, see ``Backbone.resize_table``.
-
-        Raises:
-            CheckpointError: The tables are Snap's for another nominal grid, to which they belong.
-        """
-        self.check_unexpected(name, table)
-        return fit_bias_table(table, shape) if name.endswith("attention_biases") else None
-
-    def check_unexpected(self, key: str, value: Tensor) -> None:
-        """Refuses the tables of Snap's dense files where they are not the network's; see ``Backbone``."""
-        check_dense_table(self.info.name, key, value, self.official_grid)
 
     def fuse(self) -> EfficientFormerV2:
         """See ``Backbone.fuse``; the deploy form is in ``_efficientformerv2_fused``."""
@@ -448,8 +358,9 @@ def _row(
         source="github.com/snap-research/EfficientFormer, README.md (accuracy after 450 epochs, whose weights timm's "
         "copies are); parameters and MACs counted",
         licence="Apache-2.0",
-        origin="timm's copy on the Hugging Face hub",
+        origin=ORIGIN,
         url=f"https://huggingface.co/timm/efficientformerv2_{name}.snap_dist_in1k/resolve/main/model.safetensors",
+        page=PAGE,
         channels=channels,
         ratios=ratios,
         attentions=attentions,

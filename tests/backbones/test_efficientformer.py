@@ -13,7 +13,7 @@ from timm.models.efficientformer import Attention as TimmAttention
 
 from effvit.backbones import _efficientformer_fused as fused_form
 from effvit.backbones import _windows, create_backbone, create_classifier, list_backbones, load_checkpoint
-from effvit.errors import CheckpointError
+from effvit.errors import CheckpointError, ConfigError
 
 NAMES = list_backbones("efficientformer_*")
 L1 = "efficientformer_l1"
@@ -215,6 +215,15 @@ def test_official_dense_network_from_snaps_detection_file(grid, size, randomise,
                 assert relative_error(feature, value) < 1e-5
 
 
+@pytest.mark.parametrize("name", [L1, "efficientformerv2_s0"])
+@pytest.mark.parametrize("grid", [0, -3, 25.0, "25", True])
+def test_official_grid_that_is_no_side_is_refused(name, grid):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"must be an int of at least 1 (Snap's are 25 and 16), got {grid!r}")
+    ):
+        create_backbone(name, official_grid=grid)
+
+
 def test_official_grid_of_another_file_is_named(tmp_path):
     state = detection_file(create_backbone(L1, official_grid=16))
     torch.save({"state_dict": {f"backbone.{key}": value for key, value in state.items()}}, tmp_path / "sem_fpn.pth")
@@ -338,6 +347,22 @@ def test_no_stale_bias_is_ever_used(change, official_grid, randomise):
         after = network(images)["c5"]
         assert torch.equal(after, fresh(images)["c5"])
     assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize("official_grid", [None, 3])
+def test_functional_call_reads_the_tables_that_it_is_given(official_grid, randomise):
+    network = randomise_tables(randomise(create_backbone(L1, official_grid=official_grid)))
+    given = {
+        name: -2 * parameter.detach() for name, parameter in network.named_parameters() if "attention_biases" in name
+    }
+    images = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        before = network(images)["c5"]
+        found = torch.func.functional_call(network, given, (images,))["c5"]
+        assert torch.equal(network(images)["c5"], before)  # nothing of the call stays
+        network.load_state_dict(given, strict=False)
+        assert torch.equal(found, network(images)["c5"])
+    assert not torch.allclose(found, before)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -22,7 +22,7 @@ from effvit.backbones import (
 )
 from effvit.backbones._layers import DropPath
 from effvit.backbones.efficientformerv2 import Attention, AttentionDownsample, Block
-from effvit.errors import CheckpointError, ConfigError
+from effvit.errors import CheckpointError
 
 NAMES = list_backbones("efficientformerv2_*")
 S0 = "efficientformerv2_s0"
@@ -299,8 +299,6 @@ def test_official_grid_starts_from_the_classifier_with_new_tables(randomise, tmp
     whole = create_classifier(S0, official_grid=4)
     assert sum(parameter.numel() for parameter in whole.parameters()) == whole.backbone.info.params
     assert whole.backbone.info.top1 is None
-    with pytest.raises(ConfigError, match="official_grid"):
-        create_backbone(S0, official_grid=0)
 
 
 def test_bias_is_expanded_once_for_each_shape_and_not_all_are_kept(randomise, monkeypatch):
@@ -357,6 +355,22 @@ def test_no_stale_bias_is_ever_used(change, grid, randomise):
         after = network(images)["c5"]
         assert torch.equal(after, fresh(images)["c5"])
     assert not torch.allclose(after, before)
+
+
+@pytest.mark.parametrize("grid", [None, 3])
+def test_functional_call_reads_the_tables_that_it_is_given(grid, randomise):
+    network = randomise(create_backbone(S0, official_grid=grid))
+    for name in tables(network):
+        torch.nn.init.normal_(network.get_parameter(name))
+    given = {name: -2 * network.get_parameter(name).detach() for name in tables(network)}
+    images = torch.randn(1, 3, 96, 160)
+    with torch.no_grad():
+        before = network(images)["c5"]
+        found = torch.func.functional_call(network, given, (images,))["c5"]
+        assert torch.equal(network(images)["c5"], before)  # nothing of the call stays
+        network.load_state_dict(given, strict=False)
+        assert torch.equal(found, network(images)["c5"])
+    assert not torch.allclose(found, before)
 
 
 @pytest.mark.parametrize("grid", [None, 3])
