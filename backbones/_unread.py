@@ -39,6 +39,8 @@ def unread_parameters(backbone: Backbone, levels: Collection[str]) -> list[str]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-    read = [maps[level].sum() for level in levels]
+    read = [maps[level].sum() for level in levels if maps[level].requires_grad]
+    if not read:
+        return list(parameters)
     gradients = torch.autograd.grad(read, list(parameters.values()), allow_unused=True)
     return [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
