@@ -52,8 +52,12 @@ def networks(
     """
     torch.manual_seed(0)
     source = peer = randomised(timm.create_model(name)).eval()
-    if options := timm_options(name, size):  # its bias tables are of that size then, ours of the published one
-        peer = randomised(timm.create_model(name, **options)).eval()
+    if options := timm_options(name, size):
+        # Its bias tables are of that size then. All else is the same, or one would meet more denormal numbers.
+        peer = timm.create_model(name, **options).eval()
+        shapes = {key: value.shape for key, value in peer.state_dict().items()}
+        same = {key: value for key, value in source.state_dict().items() if value.shape == shapes[key]}
+        peer.load_state_dict(same, strict=False)
     make: dict[str, Callable[[], nn.Module]] = {
         PEER: lambda: peer,
         OURS: lambda: with_weights_of(source, name),
