@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from effvit.backbones._contract import Backbone, FeatureMap, InputSpec, VariantInfo
 from effvit.backbones._cvnets_fused import FusedConv, FusedInvertedResidual
 from effvit.backbones._cvnets_patches import resize
-from effvit.backbones._layers import ConvNorm
+from effvit.backbones._layers import ConvNorm, make_head
 from effvit.errors import ConfigError
 
 ChannelOrder = Literal["auto", "rgb", "bgr"]
@@ -144,10 +144,7 @@ class CVNet(Backbone):
 
     def make_classifier(self, num_classes: int) -> nn.Linear:
         """Linear."""
-        head = nn.Linear(self.num_features, num_classes)
-        nn.init.trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        return head
+        return make_head(self.num_features, num_classes)
 
     def no_weight_decay(self) -> set[str]:
         """None, as in the official recipes."""

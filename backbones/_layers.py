@@ -225,9 +225,7 @@ class NormLinear(nn.Module):
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()
         self.bn: nn.Module = nn.BatchNorm1d(num_features)
-        self.linear = nn.Linear(num_features, num_classes)
-        nn.init.trunc_normal_(self.linear.weight, std=0.02)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = make_head(num_features, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
         """``(B, num_features)`` to ``(B, num_classes)``."""
@@ -249,7 +247,7 @@ class NormLinear(nn.Module):
 
 
 def make_head(num_features: int, num_classes: int) -> nn.Linear:
-    """A linear classifier, untrained: truncated normal of 0.02, no bias."""
+    """A linear classifier, untrained: weights truncated normal of 0.02, biases zero."""
     head = nn.Linear(num_features, num_classes)
     nn.init.trunc_normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)

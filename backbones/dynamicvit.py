@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
 from effvit.backbones._deit import PATCH, Block, PatchEmbed, PositionEmbedding, resize_position_embedding
 from effvit.backbones._dynamicvit_fused import FusedBlock, FusedScorePredictor
+from effvit.backbones._layers import make_head
 from effvit.backbones._registry import register
 from effvit.backbones._windows import side_of
 from effvit.errors import ConfigError
@@ -262,10 +263,7 @@ class DynamicViT(Backbone):
 
     def make_classifier(self, num_classes: int) -> nn.Linear:
         """One linear layer."""
-        head = nn.Linear(self.num_features, num_classes)
-        nn.init.trunc_normal_(head.weight, std=0.02)
-        nn.init.zeros_(head.bias)
-        return head
+        return make_head(self.num_features, num_classes)
 
     def no_weight_decay(self) -> set[str]:
         """Class token and position embedding, as in the official optimizer."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
 from effvit.backbones._efficientvit_fused import FusedBlock, FusedDownsample, FusedStem
-from effvit.backbones._layers import ConvNorm, NormLinear, Residual, SqueezeExcite
+from effvit.backbones._layers import ConvNorm, NormLinear, Residual, SqueezeExcite, depth_of, layers_of
 from effvit.backbones._registry import register
 from effvit.backbones._windows import AttentionBias, cut, fit_bias_table, merge, resize_bias_table
 
@@ -241,7 +241,8 @@ class EfficientViT(Backbone):
             FeatureMap(f"c{level}", channels, 2**level) for level, channels in enumerate(variant.channels, start=4)
         )
         self.num_features = variant.channels[-1]
-        self.num_layers = 1 + sum(variant.depth) + 2
+        self.layers = layers_of("patch_embed.", self.stages)
+        self.num_layers = len(self.layers)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Maps ``{"c4", "c5", "c6"}`` of normalised images ``(B, 3, H, W)``; see ``Backbone.forward``."""
@@ -269,17 +270,7 @@ class EfficientViT(Backbone):
 
     def layer_of(self, parameter_name: str) -> int:
         """Stem 0, then each downsampling and each block one more; see ``Backbone.layer_of``."""
-        if parameter_name.startswith("patch_embed."):
-            return 0
-        found = re.match(r"stages\.(\d)\.(?:downsample|blocks\.(\d+))\.", parameter_name)
-        if found is None:
-            return self.num_layers
-        stage, block = int(found[1]), found[2]
-        variant = cast("EfficientViTVariant", self.info)
-        first = 1 + sum(variant.depth[:stage]) + max(stage - 1, 0)
-        if block is None:
-            return first
-        return first + int(block) + (stage > 0)
+        return depth_of(parameter_name, self.layers)
 
     def prepare_for_dense(self) -> None:
         """Resizes the third stage's bias tables from 4x4 to 7x7, as the official detection code does at load."""
