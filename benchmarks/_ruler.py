@@ -132,9 +132,20 @@ def peak_memory(make: Callable[..., Variant], *arguments: Any) -> float:
     Returns:
         The high-water mark during three calls, less the resident size before the first.
     """
+    peak: float = in_own_process(_peak_here, make, arguments)
+    return peak
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)`` in a fresh process, so that nothing that ran before has shaped the allocator.
+
+    Args:
+        function: A module's own function.
+        *arguments: Plain values.
+    """
     # "spawn": a forked child would inherit this process's memory, and its high-water mark.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_here, (make, arguments))
+        return pool.apply(function, arguments)
 
 
 def _peak_here(make: Callable[..., Variant], arguments: tuple[Any, ...]) -> float:

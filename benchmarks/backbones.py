@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import timm
 import torch
 from _official_efficientformer import OfficialEfficientFormer
 from _official_efficientformer import check_equal as check_equal_to_official
-from _ruler import Measurement, environment, measure, peak_memory, to_markdown
+from _ruler import Measurement, environment, in_own_process, measure, peak_memory, to_markdown
 from torch import Tensor, nn
 
 from effvit.backbones import Classifier, create_backbone, create_classifier, list_backbones
@@ -128,6 +129,7 @@ def check_equal(models: dict[str, nn.Module]) -> None:
 
 def classify(name: str, batch: int, rounds: int) -> Measurement:
     """Logits of 224x224 images."""
+    _settle()
     models = networks(name)
     check_equal(models)
     calls = {variant: _call(model, images_for(variant, batch, (224, 224))) for variant, model in models.items()}
@@ -158,11 +160,17 @@ def dense_networks(name: str, variants: tuple[str, ...], size: tuple[int, int]) 
 
 def detect(name: str, size: tuple[int, int], rounds: int) -> Measurement:
     """Feature maps of one image of detection size."""
+    _settle()
     models = dense_networks(name, dense_variants(name), size)
     if OFFICIAL in models:
         check_equal_to_official(models[OURS], images_for(OURS, 1, size))
     calls = {variant: _call(model, images_for(variant, 1, size)) for variant, model in models.items()}
     return measure(f"{name}, {size[0]}x{size[1]}", calls, rounds=rounds)
+
+
+def _settle() -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
 
 
 def _call(model: nn.Module, images: Tensor) -> Callable[[], object]:
@@ -171,8 +179,7 @@ def _call(model: nn.Module, images: Tensor) -> Callable[[], object]:
 
 def make_detect(name: str, variant: str, size: tuple[int, int]) -> Callable[[], object]:
     """For ``peak_memory``: builds only what the variant needs."""
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
+    _settle()
     model = dense_networks(name, (variant,), size)[variant]
     images = images_for(variant, 1, size)
     gc.collect()
@@ -190,14 +197,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="also write the measurements there, one JSON object a line")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
+    _settle()
     size = (arguments.size[0], arguments.size[1])
     print(", ".join(f"{key} {value}" for key, value in environment().items()), flush=True)
+    rows: list[tuple[Callable[..., Measurement], str, Any]] = [
+        (classify, name, batch) for batch in arguments.batch for name in arguments.models
+    ]
+    rows += [(detect, name, size) for name in arguments.detection]
     measurements: list[Measurement] = []
-    for batch in arguments.batch:
-        measurements += [classify(name, batch, arguments.rounds) for name in arguments.models]
-    measurements += [detect(name, size, arguments.rounds) for name in arguments.detection]
+    for row in rows:
+        measurements.append(in_own_process(*row, arguments.rounds))
+        print(f"{len(measurements)} of {len(rows)}: {measurements[-1].title}", file=sys.stderr, flush=True)
     for baseline in (PEER, OFFICIAL):
         table = [measurement for measurement in measurements if measurement.results[0].name == baseline]
         if table:

@@ -66,6 +66,7 @@ def test_columns_align_and_fit(listed):
         ("efficientvit_m4", ["efficientvit_m4"]),
         ("efficientvit_m[12]", ["efficientvit_m1", "efficientvit_m2"]),
         ("vit_m", list_backbones("*vit_m*")),
+        ("ViT_M4", ["efficientvit_m4"]),
         ("timm/efficientvit_m0", ["timm/efficientvit_m0"]),
         ("timm/resnet10*t", ["timm/resnet10t"]),
     ],
