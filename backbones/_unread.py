@@ -25,20 +25,28 @@ def unread_parameters(backbone: Backbone, levels: Collection[str]) -> list[str]:
         backbone: Any; it is not changed.
         levels: Names of the maps that are read.
     """
+    modes = {module: module.training for module in backbone.modules()}
+    recomputes = backbone.grad_checkpointing
+    backbone.set_grad_checkpointing(enable=False)  # a second forward, later, would see the real parameters
+    backbone.train()
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            return _trace(backbone, levels)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        if recomputes:
+            backbone.set_grad_checkpointing()
+
+
+def _trace(backbone: Backbone, levels: Collection[str]) -> list[str]:
     parameters = {
         name: torch.empty_like(parameter, device="meta").requires_grad_()
         for name, parameter in backbone.named_parameters()
     }
     buffers = {name: torch.empty_like(buffer, device="meta") for name, buffer in backbone.named_buffers()}
-    modes = {module: module.training for module in backbone.modules()}
     images = torch.empty(2, 3, _SIDE, _SIDE, device="meta", dtype=next(iter(parameters.values())).dtype)
-    backbone.train()
-    try:
-        with torch.enable_grad():
-            maps: dict[str, Tensor] = torch.func.functional_call(backbone, {**parameters, **buffers}, (images,))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    maps: dict[str, Tensor] = torch.func.functional_call(backbone, {**parameters, **buffers}, (images,))
     read = [maps[level].sum() for level in levels if maps[level].requires_grad]
     if not read:
         return list(parameters)

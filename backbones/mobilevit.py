@@ -186,7 +186,7 @@ def _row(
         paper="2110.02178",
         source="github.com/apple/ml-cvnets, README-model-zoo.md (accuracy); parameters and MACs counted",
         licence="Apple sample code licence (not OSI)",
-        origin="timm's copy on the Hugging Face hub; Apple publishes on its own server",
+        origin="timm's copy on the Hugging Face hub; Apple's on its own server",
         url=f"https://huggingface.co/timm/mobilevit_{name}.cvnets_in1k/resolve/main/model.safetensors",
         page="https://github.com/apple/ml-cvnets/blob/main/docs/source/en/general/README-model-zoo.md",
         stem=16,

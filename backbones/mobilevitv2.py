@@ -170,7 +170,7 @@ def _row(width: float, params: int, macs: int, top1: float) -> CVNetVariant:
         paper="2206.02680",
         source="github.com/apple/ml-cvnets, README-model-zoo.md (accuracy); parameters and MACs counted",
         licence="Apple sample code licence (not OSI)",
-        origin="timm's copy on the Hugging Face hub; Apple publishes on its own server",
+        origin="timm's copy on the Hugging Face hub; Apple's on its own server",
         url=f"https://huggingface.co/timm/{name}.cvnets_in1k/resolve/main/model.safetensors",
         page="https://github.com/apple/ml-cvnets/blob/main/docs/source/en/general/README-model-zoo.md",
         stem=unit,

@@ -390,7 +390,9 @@ def _fits(model: Any, indices: list[int], maps: tuple[FeatureMap, ...], size: tu
 def _unread(model: Any, indices: list[int], images: Tensor) -> tuple[str, ...]:
     """Names of the parameters that get no gradient from the maps."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    total = torch.stack([feature.sum() for feature in _intermediates(model, images, indices)]).sum()
+    model.train()  # in evaluation some networks keep what they made of a parameter
+    total = torch.stack([feature.sum() for feature in _intermediates(model, images.repeat(2, 1, 1, 1), indices)]).sum()
+    model.eval()
     gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
     return tuple(f"model.{name}" for name, gradient in zip(named, gradients, strict=True) if gradient is None)
 

@@ -219,3 +219,13 @@ def test_norms_of_maps_that_no_level_reads_are_frozen():
     pyramid = FeaturePyramid(create_backbone("efficientformer_l1", official_grid=2), out_channels=8)
     frozen = [name for name, parameter in pyramid.named_parameters() if not parameter.requires_grad]
     assert frozen == [f"backbone.{norm}.{kind}" for norm in ("norm", "norm0") for kind in ("weight", "bias")]
+
+
+def test_building_on_a_backbone_that_recomputes_leaves_it_as_it_was():
+    backbone = create_backbone("mobilevit_xxs")
+    backbone.set_grad_checkpointing()
+    backbone.stages[0].eval()
+    modes = [module.training for module in backbone.modules()]
+    FeaturePyramid(backbone, out_channels=8)
+    assert backbone.grad_checkpointing
+    assert [module.training for module in backbone.modules()] == modes

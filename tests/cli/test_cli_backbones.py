@@ -82,7 +82,7 @@ def test_programs_get_every_field(cli):
     info = backbone_info("efficientvit_m4")
     assert set(row) == {
         "name", "family", "params", "macs", "top1", "top5", "paper", "source", "licence", "origin", "url", "page",
-        "sha256", "feature_maps", "input",
+        "instead", "sha256", "feature_maps", "input",
     }  # fmt: skip
     assert {field: row[field] for field in ("params", "macs", "top1", "url", "licence")} == {
         "params": info.params, "macs": info.macs, "top1": info.top1, "url": info.url, "licence": info.licence,
