@@ -77,15 +77,20 @@ def load_checkpoint(network: Backbone | Classifier, path: str | Path, *, strict:
     Raises:
         CheckpointError: The file is missing, damaged, unsafe to open or no checkpoint, or the trunk is not filled.
     """
-    path = Path(path)
-    state = read_checkpoint(path)
+    return load_state(network, read_checkpoint(path), path, strict=strict)
+
+
+def load_state(
+    network: Backbone | Classifier, state: Mapping[str, Tensor], source: str | Path, *, strict: bool = True
+) -> LoadReport:
+    """Loads what `read_checkpoint` gave, see `load_checkpoint`; `source` is named in messages."""
     backbone = network.backbone if isinstance(network, Classifier) else network
     report, values = _match(state, backbone, _targets(network))
     wrong = _required(network, backbone) & {*report.missing, *report.mismatched}
     # What may be absent may not be there in another shape.
     wrong |= {name for name in report.mismatched if name.startswith(backbone.fresh_allowed)}
     if strict and wrong:
-        raise CheckpointError(f"{path} does not fill {backbone.info.name}: {_verdict(state, backbone)}.\n{report}")
+        raise CheckpointError(f"{source} does not fill {backbone.info.name}: {_verdict(state, backbone)}.\n{report}")
     for key in report.unexpected if strict else ():
         backbone.check_unexpected(key, state[key])
     for prefix, part in _parts(network).items():
@@ -94,13 +99,9 @@ def load_checkpoint(network: Backbone | Classifier, path: str | Path, *, strict:
     return report
 
 
-def has_distillation_head(path: str | Path) -> bool:
-    """Whether a checkpoint holds a second head, which learned from a teacher.
-
-    Raises:
-        CheckpointError: The file cannot be read.
-    """
-    return any(re.search(r"(^|\.)(head_dist|dist_head)\.", key) for key in read_checkpoint(path))
+def has_distillation_head(state: Mapping[str, Tensor]) -> bool:
+    """Whether a checkpoint holds a second head, which learned from a teacher."""
+    return any(re.search(r"(^|\.)(head_dist|dist_head)\.", key) for key in state)
 
 
 def open_checkpoint(path: str | Path) -> Any:

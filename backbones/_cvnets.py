@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from effvit.backbones._contract import Backbone, FeatureMap, InputSpec, VariantInfo
 from effvit.backbones._cvnets_fused import FusedConv, FusedInvertedResidual
 from effvit.backbones._cvnets_patches import resize
-from effvit.backbones._layers import ConvNorm, make_head
+from effvit.backbones._layers import ConvNorm, depth_of, make_head
 from effvit.errors import ConfigError
 
 ChannelOrder = Literal["auto", "rgb", "bgr"]
+
+LICENCE = "Apple sample code licence (not OSI)"
+ORIGIN = "timm's copy on the Hugging Face hub; Apple's on its own server"
+PAGE = "https://github.com/apple/ml-cvnets/blob/main/docs/source/en/general/README-model-zoo.md"
 
 _STEM_NAMES = ("stem.conv.weight", "conv_1.block.conv.weight")
 
@@ -115,8 +119,11 @@ class CVNet(Backbone):
         self.feature_maps = tuple(
             FeatureMap(f"c{level}", channels, 2**level) for level, channels in enumerate(variant.channels, start=1)
         )
-        self._starts = [1 + sum(len(stage) for stage in stages[:position]) for position in range(len(stages) + 1)]
-        self.num_layers = self._starts[-1]
+        blocks_in = [
+            f"stages.{position}.{number}." for position, stage in enumerate(stages) for number in range(len(stage))
+        ]
+        self.layers = ["stem.", *blocks_in]
+        self.num_layers = len(self.layers)
 
     def make_attention(self, channels: int, dim: int, depth: int) -> nn.Module:
         """The family's attention block, with a method ``fused()`` that makes its deploy form."""
@@ -152,12 +159,7 @@ class CVNet(Backbone):
 
     def layer_of(self, parameter_name: str) -> int:
         """Stem 0, then each inverted residual and each attention block, its transformer layers together, one more."""
-        if parameter_name.startswith("stem."):
-            return 0
-        if parameter_name.startswith(self.embed_only):
-            return self.num_layers - 1
-        found = re.match(r"stages\.(\d)\.(\d)\.", parameter_name)
-        return self.num_layers if found is None else self._starts[int(found[1])] + int(found[2])
+        return depth_of(parameter_name, self.layers, self.embed_only)
 
     def fuse(self) -> CVNet:
         """See ``Backbone.fuse``."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from effvit.backbones._checkpoint import has_distillation_head, load_checkpoint
+from torch import Tensor
+
+from effvit.backbones._checkpoint import has_distillation_head, load_state, read_checkpoint
 from effvit.backbones._contract import Backbone, Classifier
 from effvit.backbones._download import fetch
 from effvit.backbones._registry import build
@@ -31,7 +34,8 @@ def create_backbone(name: str, *, pretrained: bool | str | Path = False, **overr
     """
     backbone = build(name, overrides)
     if pretrained:
-        _load(backbone, _weights(backbone, pretrained))
+        path = _weights(backbone, pretrained)
+        _load(backbone, read_checkpoint(path), path)
     return backbone
 
 
@@ -54,18 +58,19 @@ def create_classifier(
         raise ConfigError(f"num_classes must be at least 1, got {num_classes}")
     backbone = build(name, overrides)
     path = _weights(backbone, pretrained) if pretrained else None
+    state = None if path is None else read_checkpoint(path)
     # A second head where the weights have one; without weights, as published.
-    distilled = backbone.distilled if path is None else has_distillation_head(path)
+    distilled = backbone.distilled if state is None else has_distillation_head(state)
     head_dist = backbone.make_classifier(num_classes) if distilled else None
     classifier = Classifier(backbone, backbone.make_classifier(num_classes), head_dist)
-    if path is not None:
-        _load(classifier, path)
+    if path is not None and state is not None:
+        _load(classifier, state, path)
     return classifier
 
 
-def _load(network: Backbone | Classifier, path: Path) -> None:
+def _load(network: Backbone | Classifier, state: Mapping[str, Tensor], path: Path) -> None:
     backbone = network.backbone if isinstance(network, Classifier) else network
-    report = load_checkpoint(network, path)
+    report = load_state(network, state, path)
     _log.info("%s from %s: %s", backbone.info.name, path, report)
     # The rest of the trunk is there, or loading had failed.
     fresh = [name for name in (*report.missing, *report.mismatched) if not name.startswith(backbone.embed_only)]

@@ -254,6 +254,15 @@ def make_head(num_features: int, num_classes: int) -> nn.Linear:
     return head
 
 
+class Stage(nn.Module):
+    """Blocks at one width, after a downsampling in all stages but the first."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+
 def layers_of(stem: str, stages: Iterable[nn.Module]) -> list[str]:
     """What the names of each layer's parameters start with, in the order of the layers, for `depth_of`.
 
@@ -272,6 +281,8 @@ def layers_of(stem: str, stages: Iterable[nn.Module]) -> list[str]:
     return layers
 
 
-def depth_of(parameter_name: str, layers: Sequence[str]) -> int:
-    """The layer that a parameter is of; ``len(layers)`` for one that is of none."""
+def depth_of(parameter_name: str, layers: Sequence[str], embed_only: tuple[str, ...] = ()) -> int:
+    """The layer that a parameter is of, the last for those of `embed_only`; ``len(layers)`` for one that is of none."""
+    if parameter_name.startswith(embed_only):
+        return len(layers) - 1
     return next((depth for depth, layer in enumerate(layers) if parameter_name.startswith(layer)), len(layers))

@@ -101,11 +101,6 @@ class FusedMobileViTv2Block(nn.Module):
         key = (height, width, grid.device, grid.dtype)
         return self._masks.get_or_make(key, lambda: position_mask(grid, height, width))
 
-    def _apply(self, *args: object, **kwargs: object) -> FusedMobileViTv2Block:
-        self._masks.clear()
-        moved: FusedMobileViTv2Block = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        return moved
-
 
 def position_mask(like: Tensor, height: int, width: int) -> Tensor:
     """``(4, height * width)``: zero at the cells of each patch position, elsewhere minus infinity; type of `like`."""

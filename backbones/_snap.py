@@ -100,9 +100,7 @@ class SnapNetwork(Backbone):
 
     def layer_of(self, parameter_name: str) -> int:
         """Stem 0, then each downsampling and each block one more; see ``Backbone.layer_of``."""
-        if parameter_name.startswith(self.embed_only):
-            return self.num_layers - 1
-        return depth_of(parameter_name, self.layers)
+        return depth_of(parameter_name, self.layers, self.embed_only)
 
     def resize_table(self, name: str, table: Tensor, shape: torch.Size) -> Tensor | None:
         """Bicubic, see ``Backbone.resize_table``.

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from effvit.backbones._contract import FeatureMap, VariantInfo
 from effvit.backbones._efficientformerv2_fused import FusedNorm, FusedStem, fused_blocks, fused_downsample
 from effvit.backbones._efficientformerv2_heads import add_attended, map_to_heads, mix_heads, score
-from effvit.backbones._layers import ConvNorm, DropPath, LayerScale, gelu, layers_of
+from effvit.backbones._layers import ConvNorm, DropPath, LayerScale, Stage, gelu, layers_of
 from effvit.backbones._registry import register
 from effvit.backbones._snap import DENSE_TABLE, HEADS, ORIGIN, PAGE, BiasTable, SnapNetwork
 
@@ -179,15 +179,6 @@ class Downsample(nn.Module):
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
         out: Tensor = self.conv(x)
         return out if self.attn is None else self.attn(x) + out
-
-
-class Stage(nn.Module):
-    """Blocks at one width, after a downsampling in all stages but the first."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[Block]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
 
 
 class Stem(nn.Module):

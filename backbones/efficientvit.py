@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
 from effvit.backbones._efficientvit_fused import FusedBlock, FusedDownsample, FusedStem
-from effvit.backbones._layers import ConvNorm, NormLinear, Residual, SqueezeExcite, depth_of, layers_of
+from effvit.backbones._layers import ConvNorm, NormLinear, Residual, SqueezeExcite, Stage, depth_of, layers_of
 from effvit.backbones._registry import register
 from effvit.backbones._windows import AttentionBias, cut, fit_bias_table, merge, resize_bias_table
 
@@ -163,15 +163,6 @@ class Downsample(nn.Module):
         """``(B, in_channels, H, W)`` to ``(B, out_channels, ceil(H / 2), ceil(W / 2))``."""
         out: Tensor = self.res2(self.patchmerge(self.res1(x)))
         return out
-
-
-class Stage(nn.Module):
-    """Blocks at one width, after a downsampling in all stages but the first."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[Block]) -> None:
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
 
 
 class Stem(nn.Module):

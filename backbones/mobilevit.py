@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.backbones._cvnets import ChannelOrder, CVNet, CVNetVariant, eval_spec, initialise
+from effvit.backbones._cvnets import LICENCE, ORIGIN, PAGE, ChannelOrder, CVNet, CVNetVariant, eval_spec, initialise
 from effvit.backbones._cvnets_fused import FusedPointwise
 from effvit.backbones._cvnets_patches import cut_patches, even, merge_patches, resize
 from effvit.backbones._layers import ConvNorm
@@ -185,10 +185,10 @@ def _row(
         top5=None,
         paper="2110.02178",
         source="github.com/apple/ml-cvnets, README-model-zoo.md (accuracy); parameters and MACs counted",
-        licence="Apple sample code licence (not OSI)",
-        origin="timm's copy on the Hugging Face hub; Apple's on its own server",
+        licence=LICENCE,
+        origin=ORIGIN,
         url=f"https://huggingface.co/timm/mobilevit_{name}.cvnets_in1k/resolve/main/model.safetensors",
-        page="https://github.com/apple/ml-cvnets/blob/main/docs/source/en/general/README-model-zoo.md",
+        page=PAGE,
         stem=16,
         channels=channels,
         dims=dims,

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.backbones._cvnets import ChannelOrder, CVNet, CVNetVariant, eval_spec, initialise
+from effvit.backbones._cvnets import LICENCE, ORIGIN, PAGE, ChannelOrder, CVNet, CVNetVariant, eval_spec, initialise
 from effvit.backbones._cvnets_patches import cut_patches, even, merge_patches, resize
 from effvit.backbones._layers import ConvNorm
 from effvit.backbones._mobilevitv2_fused import FusedMobileViTv2Block
@@ -169,10 +169,10 @@ def _row(width: float, params: int, macs: int, top1: float) -> CVNetVariant:
         top5=None,
         paper="2206.02680",
         source="github.com/apple/ml-cvnets, README-model-zoo.md (accuracy); parameters and MACs counted",
-        licence="Apple sample code licence (not OSI)",
-        origin="timm's copy on the Hugging Face hub; Apple's on its own server",
+        licence=LICENCE,
+        origin=ORIGIN,
         url=f"https://huggingface.co/timm/{name}.cvnets_in1k/resolve/main/model.safetensors",
-        page="https://github.com/apple/ml-cvnets/blob/main/docs/source/en/general/README-model-zoo.md",
+        page=PAGE,
         stem=unit,
         channels=(unit * 2, unit * 4, unit * 8, unit * 12, unit * 16),
         dims=(unit * 4, unit * 6, unit * 8),
