@@ -1,0 +1,202 @@
+"""Operations of the augmentation policies on uint8 RGB arrays ``(H, W, 3)``, with Pillow's results and OpenCV's speed.
+
+Operations on single pixels give Pillow's values exactly; what blends two images, filters or moves pixels stays within
+the bounds that ``tests/datamodules/test_augment_ops.py`` states and checks. Nothing here draws a random number, and
+nothing writes into its input.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, TypeAlias
+
+import cv2
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+Pixels: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
+
+_FLAGS = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
+_LEVELS = np.arange(256, dtype=np.uint8)
+# Pillow's ImageFilter.SMOOTH.
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13
+# Pillow truncates where OpenCV rounds. A little less than a half, as a whole number must stay what it is.
+_TRUNCATE = -0.4999
+
+
+def resize(image: Pixels, size: int, interpolation: Interpolation) -> Pixels:
+    """Resizes to a square as Pillow does, with a filter that widens where the image shrinks.
+
+    torch's filter for channels_last uint8 is Pillow's with the same fixed-point weights, in vector instructions.
+
+    Args:
+        image: ``(H, W, 3)``; a window of a larger image will do.
+        size: New height and width.
+        interpolation: The filter, "bilinear" or "bicubic".
+
+    Returns:
+        ``(size, size, 3)``.
+    """
+    if image.shape[:2] == (size, size):
+        return np.ascontiguousarray(image)
+    batch = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    resized = F.interpolate(batch, size=(size, size), mode=interpolation, antialias=True, align_corners=False)
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def flip(image: Pixels) -> Pixels:
+    """Mirrors left and right."""
+    return cv2.flip(image, 1)
+
+
+def autocontrast(image: Pixels) -> Pixels:
+    """Stretches each channel to 0…255 (``ImageOps.autocontrast``)."""
+    low, high = image.min(axis=(0, 1)), image.max(axis=(0, 1))
+    return _look_up(image, np.stack([_stretch(int(a), int(b)) for a, b in zip(low, high, strict=True)], axis=-1))
+
+
+def _stretch(low: int, high: int) -> Pixels:
+    if high <= low:
+        return _LEVELS
+    factor = 255.0 / (high - low)
+    return (_LEVELS * factor + -low * factor).clip(0, 255).astype(np.uint8)
+
+
+def equalize(image: Pixels) -> Pixels:
+    """Spreads the values of each channel evenly (``ImageOps.equalize``)."""
+    return _look_up(image, np.stack([_spread(_histogram(image, channel)) for channel in range(3)], axis=-1))
+
+
+def _histogram(image: Pixels, channel: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
+
+
+def _spread(histogram: np.ndarray[Any, np.dtype[np.int64]]) -> Pixels:
+    used = histogram.nonzero()[0]
+    step = int(histogram.sum() - histogram[used[-1]]) // 255
+    if len(used) <= 1 or step == 0:
+        return _LEVELS
+    below = np.cumsum(histogram) - histogram
+    return ((step // 2 + below) // step).clip(0, 255).astype(np.uint8)
+
+
+def invert(image: Pixels) -> Pixels:
+    """``255 - value`` (``ImageOps.invert``)."""
+    return cv2.bitwise_not(image)
+
+
+def posterize(image: Pixels, bits: int) -> Pixels:
+    """Keeps the highest ``bits`` of each value (``ImageOps.posterize``); 0 gives a black image."""
+    return _look_up(image, _LEVELS & np.uint8(0xFF00 >> bits & 0xFF))
+
+
+def solarize(image: Pixels, threshold: float) -> Pixels:
+    """Inverts the values from ``threshold`` up (``ImageOps.solarize``)."""
+    return _look_up(image, np.where(threshold > _LEVELS, _LEVELS, 255 - _LEVELS))
+
+
+def solarize_add(image: Pixels, amount: int, threshold: int = 128) -> Pixels:
+    """Adds ``amount`` to the values below ``threshold``, up to 255 (timm's ``solarize_add``)."""
+    brighter = (_LEVELS.astype(np.int64) + amount).clip(0, 255).astype(np.uint8)
+    return _look_up(image, np.where(threshold > _LEVELS, brighter, _LEVELS))
+
+
+def brightness(image: Pixels, factor: float) -> Pixels:
+    """Blends with black (``ImageEnhance.Brightness``)."""
+    return _look_up(image, _blend_levels(0, factor))
+
+
+def contrast(image: Pixels, factor: float) -> Pixels:
+    """Blends with the mean grey value (``ImageEnhance.Contrast``)."""
+    return _look_up(image, _blend_levels(int(to_grey(image).mean() + 0.5), factor))
+
+
+def _blend_levels(grey: int, factor: float) -> Pixels:
+    # Single precision, truncated: Pillow's arithmetic.
+    levels = np.float32(factor) * (_LEVELS.astype(np.float32) - np.float32(grey)) + np.float32(grey)
+    return levels.clip(0, 255).astype(np.uint8)
+
+
+def color(image: Pixels, factor: float) -> Pixels:
+    """Blends with the grey image (``ImageEnhance.Color``); a factor of 0 is the grey image."""
+    return _blend(cv2.cvtColor(to_grey(image), cv2.COLOR_GRAY2RGB), image, factor)
+
+
+def sharpness(image: Pixels, factor: float) -> Pixels:
+    """Blends with a smoothed image (``ImageEnhance.Sharpness``), leaving the outermost pixels as they are."""
+    smooth = cv2.filter2D(image, -1, _SMOOTH)
+    smooth[0], smooth[-1], smooth[:, 0], smooth[:, -1] = image[0], image[-1], image[:, 0], image[:, -1]
+    return _blend(smooth, image, factor)
+
+
+def to_grey(image: Pixels) -> Pixels:
+    """Luma of ITU-R 601-2, ``(H, W)`` (Pillow's mode "L", but for the rounding of one value in a thousand)."""
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+
+def grayscale(image: Pixels) -> Pixels:
+    """The grey image as three equal channels."""
+    return cv2.cvtColor(to_grey(image), cv2.COLOR_GRAY2RGB)
+
+
+def gaussian_blur(image: Pixels, sigma: float) -> Pixels:
+    """Gaussian blur (``ImageFilter.GaussianBlur``, which approximates it by box filters)."""
+    return cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
+
+
+def shear_x(image: Pixels, factor: float, interpolation: Interpolation, fill: tuple[int, int, int]) -> Pixels:
+    """Moves each row sideways in proportion to its distance from the top."""
+    return _affine(image, (1, factor, 0, 0, 1, 0), interpolation, fill)
+
+
+def shear_y(image: Pixels, factor: float, interpolation: Interpolation, fill: tuple[int, int, int]) -> Pixels:
+    """Moves each column up or down in proportion to its distance from the left."""
+    return _affine(image, (1, 0, 0, factor, 1, 0), interpolation, fill)
+
+
+def translate_x(image: Pixels, pixels: float, interpolation: Interpolation, fill: tuple[int, int, int]) -> Pixels:
+    """Moves the image to the left."""
+    return _affine(image, (1, 0, pixels, 0, 1, 0), interpolation, fill)
+
+
+def translate_y(image: Pixels, pixels: float, interpolation: Interpolation, fill: tuple[int, int, int]) -> Pixels:
+    """Moves the image up."""
+    return _affine(image, (1, 0, 0, 0, 1, pixels), interpolation, fill)
+
+
+def rotate(image: Pixels, degrees: float, interpolation: Interpolation, fill: tuple[int, int, int]) -> Pixels:
+    """Rotates counter-clockwise about the centre (``Image.rotate``)."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    x, y = image.shape[1] / 2, image.shape[0] / 2
+    return _affine(image, (cos, -sin, x - x * cos + y * sin, sin, cos, y - x * sin - y * cos), interpolation, fill)
+
+
+def _affine(
+    image: Pixels,
+    matrix: tuple[float, float, float, float, float, float],
+    interpolation: Interpolation,
+    fill: tuple[int, int, int],
+) -> Pixels:
+    """Samples the source at ``matrix`` times each target position; Pillow's positions are the middles of pixels."""
+    a, b, c, d, e, f = matrix
+    corners = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
+    return cv2.warpAffine(
+        image,
+        corners,
+        (image.shape[1], image.shape[0]),
+        flags=_FLAGS[interpolation] | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=fill,
+    )
+
+
+def _look_up(image: Pixels, table: Pixels) -> Pixels:
+    """Replaces each value by that of ``table``: ``(256,)`` for all channels, ``(256, 3)`` for each its own."""
+    return cv2.LUT(image, table if table.ndim == 1 else np.ascontiguousarray(table[:, None]))
+
+
+def _blend(start: Pixels, end: Pixels, factor: float) -> Pixels:
+    """``start + factor * (end - start)``, clipped (``Image.blend``)."""
+    return cv2.addWeighted(end, factor, start, 1 - factor, _TRUNCATE)
