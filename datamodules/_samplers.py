@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
+from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _log = logging.getLogger(__name__)
 
-Key = tuple[int, int]
+#: Images in a round of repeated augmentation: the official epoch is cut to a multiple of it.
+_ROUND = 256
 
 
 def batched_by_shape(order: Sequence[int], is_wide: torch.Tensor, batch_size: int) -> list[int]:
@@ -42,30 +44,210 @@ def batched_by_shape(order: Sequence[int], is_wide: torch.Tensor, batch_size: in
     return out + buckets[True] + buckets[False]
 
 
-class EpochSampler(DistributedSampler[int]):
-    """Yields ``(epoch, index)`` in an order that depends on seed and epoch only.
+class EpochBatches(Sampler[list[Any]]):
+    """Batches of one process, in an order that depends on seed and epoch only.
 
-    Every rank gets the same number of images; the last ones repeat the first of the order where the number does not
-    divide, and an incomplete last batch is kept. As it is a ``DistributedSampler``, Lightning leaves it in place.
+    Every process gets the same number of images; the last ones repeat the first of the order where the number does not
+    divide. A batch is a list of keys, each a tuple that begins with the epoch and the index of an image.
+
+    Args:
+        num_images: Number of images.
+        batch_size: Images in a batch of one process.
+        seed: Seed of the order.
+        ranks: Number of processes and the rank of this one.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, ranks: tuple[int, int]) -> None:
+        super().__init__()
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_replicas, self.rank = ranks
+        self.epoch = 0
+        self.skip = 0
+
+    @property
+    def sampler(self) -> EpochBatches:
+        """Itself: Lightning tells the epoch to the ``sampler`` of a batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch comes next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """Batches of this epoch; the first ``skip`` ones are left out, once."""
+        # A generator: DataLoader makes two iterators and uses one, and only that one may take ``skip``.
+        skip, self.skip = self.skip, 0
+        yield from islice(self._batches(torch.Generator().manual_seed(self.seed + self.epoch)), skip, None)
+
+    def state(self) -> dict[str, Any]:
+        """What the order depends on, besides the epoch."""
+        return {
+            "images": self.num_images,
+            "batch_size": self.batch_size,
+            "ranks": self.num_replicas,
+            "seed": self.seed,
+        }
+
+    @abstractmethod
+    def _batches(self, generator: torch.Generator) -> Iterator[list[Any]]:
+        """The batches of an epoch; all that is random is drawn from ``generator``, alike in every process."""
+
+    def _num_samples(self) -> int:
+        """Images of this process in an epoch."""
+        return -(-self.num_images // self.num_replicas)
+
+    def _shuffled(self, generator: torch.Generator) -> list[int]:
+        """Indices of this process, in the order of PyTorch's ``DistributedSampler``."""
+        order = torch.randperm(self.num_images, generator=generator).tolist()
+        padded = islice(cycle(order), self._num_samples() * self.num_replicas)
+        return list(islice(padded, self.rank, None, self.num_replicas))
+
+
+class ShapeBatches(EpochBatches):
+    """Batches of keys ``(epoch, index)`` in which all images are wide or all are tall, as far as the number allows.
+
+    An incomplete last batch is kept.
 
     Args:
         is_wide: bool ``(N,)``, whether each image is wider than tall.
-        batch_size: Images in a batch of one rank.
+        batch_size: Images in a batch of one process.
         seed: Seed of the order.
         ranks: Number of processes and the rank of this one.
     """
 
     def __init__(self, is_wide: torch.Tensor, batch_size: int, seed: int, ranks: tuple[int, int]) -> None:
-        super().__init__(range(len(is_wide)), *ranks, shuffle=True, seed=seed)  # type: ignore[arg-type]
+        super().__init__(len(is_wide), batch_size, seed, ranks)
         self._is_wide = is_wide
-        self._batch_size = batch_size
-        self.skip = 0
 
-    def __iter__(self) -> Iterator[Any]:
-        """Keys of this rank's images; the first ``skip`` ones are left out, once."""
-        skip, self.skip = self.skip, 0
-        order = batched_by_shape(list(super().__iter__()), self._is_wide, self._batch_size)
-        return iter([(self.epoch, index) for index in order[skip:]])
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-self._num_samples() // self.batch_size)
+
+    def _batches(self, generator: torch.Generator) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        order = batched_by_shape(self._shuffled(generator), self._is_wide, self.batch_size)
+        for start in range(0, len(order), self.batch_size):
+            yield [(epoch, index) for index in order[start : start + self.batch_size]]
+
+
+class SquareViews(EpochBatches):
+    """Base of classification's batches: keys ``(epoch, index, repeat, size)``, one size in a batch.
+
+    With ``repeats`` above 1 this is repeated augmentation as DeiT and timm do it (Hoffer et al., arXiv 1901.09335;
+    ``samplers.py`` of DeiT): each image comes ``repeats`` times in a row with another augmentation each, consecutive
+    ones go to different processes and hence into the same step, and the epoch ends after ``N // 256 * 256 / processes``
+    images of a process, so that it is as long as one without repeats and shows a share of the images. Sets of fewer
+    than 256 images are not cut to a round number.
+
+    Args:
+        num_images: Number of images.
+        batch_size: Images in a batch of one process.
+        size: Height and width in pixels that ``batch_size`` is for.
+        repeats: How often an image comes, each time augmented anew.
+        seed: Seed of the order.
+        ranks: Number of processes and the rank of this one.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, size: int, *, repeats: int, seed: int, ranks: tuple[int, int]
+    ) -> None:
+        super().__init__(num_images, batch_size, seed, ranks)
+        self.size = size
+        self.repeats = repeats
+
+    def state(self) -> dict[str, Any]:
+        """What the order depends on, besides the epoch."""
+        return {**super().state(), "size": self.size, "repeats": self.repeats}
+
+    def _num_samples(self) -> int:
+        if self.repeats == 1 or self.num_images < _ROUND:
+            return super()._num_samples()
+        return self.num_images // _ROUND * _ROUND // self.num_replicas
+
+    def _views(self, generator: torch.Generator) -> list[int]:
+        """``index * repeats + repeat`` of this process, in order."""
+        if self.repeats == 1:
+            return self._shuffled(generator)
+        order = torch.randperm(self.num_images, generator=generator).tolist()
+        places = range(self.rank, self._num_samples() * self.num_replicas, self.num_replicas)
+        # Where processes outnumber images and repeats, the order starts again.
+        return [
+            order[place // self.repeats % self.num_images] * self.repeats + place % self.repeats for place in places
+        ]
+
+    def _keys(self, views: Iterable[int], size: int) -> list[tuple[int, int, int, int]]:
+        return [(self.epoch, *divmod(view, self.repeats), size) for view in views]
+
+
+class SquareBatches(SquareViews):
+    """Batches of a fixed number of images of one size.
+
+    The last batch of an epoch may be incomplete, and is left out where it would hold a single image, whose variance
+    BatchNorm cannot know; that is another image in each epoch. The arguments are those of ``SquareViews``.
+    """
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-self._num_samples() // self.batch_size) - self.leaves_one_out
+
+    @property
+    def leaves_one_out(self) -> bool:
+        """Whether the last batch of an epoch would hold a single image and is left out."""
+        full, rest = divmod(self._num_samples(), self.batch_size)
+        return rest == 1 and full > 0
+
+    def _batches(self, generator: torch.Generator) -> Iterator[list[tuple[int, int, int, int]]]:
+        views = self._views(generator)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield self._keys(views[start : start + self.batch_size], self.size)
+
+
+class MultiScaleBatches(SquareViews):
+    """MobileViT's variable-batch sampler: each batch has one of several sizes, and as many images as fit.
+
+    A size is drawn for every batch, alike in all processes; a batch of size ``s`` holds ``floor(size² · batch_size /
+    s²)`` images, at least 1 (for size 256 and 128 images: 327 of 160 px, 227 of 192, 101 of 288, 81 of 320), so that
+    a step costs about the same at any size. The last batch is filled up with the first images of the order. Epochs
+    differ in their number of batches, so that there is no length (Mehta and Rastegari, arXiv 2110.02178, §3.2;
+    ``variable_batch_sampler.py`` of ml-cvnets).
+
+    Args:
+        num_images: Number of images.
+        batch_size: Images in a batch of one process at ``size``.
+        size: Height and width in pixels that ``batch_size`` is for.
+        sizes: Sizes to draw from.
+        repeats: How often an image comes, each time augmented anew.
+        seed: Seed of order and sizes.
+        ranks: Number of processes and the rank of this one.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        size: int,
+        sizes: Sequence[int],
+        *,
+        repeats: int,
+        seed: int,
+        ranks: tuple[int, int],
+    ) -> None:
+        super().__init__(num_images, batch_size, size, repeats=repeats, seed=seed, ranks=ranks)
+        self.scales = [(other, max(1, size * size * batch_size // (other * other))) for other in sizes]
+
+    def state(self) -> dict[str, Any]:
+        """What the order depends on, besides the epoch."""
+        return {**super().state(), "sizes": [size for size, _ in self.scales]}
+
+    def _batches(self, generator: torch.Generator) -> Iterator[list[tuple[int, int, int, int]]]:
+        views = self._views(generator)
+        start = 0
+        while start < len(views):
+            size, number = self.scales[int(torch.randint(len(self.scales), (), generator=generator))]
+            yield self._keys(islice(chain(views[start : start + number], cycle(views)), number), size)
+            start += number
 
 
 class ResumableLoader(DataLoader[Any]):
@@ -76,9 +258,8 @@ class ResumableLoader(DataLoader[Any]):
     epoch, so nothing starts until that first fetch.
 
     Args:
-        dataset: Map-style data set, indexed by the sampler's keys.
-        sampler: Order of the images.
-        batch_size: Images in a batch.
+        dataset: Map-style data set, indexed by the keys of the batches.
+        batches: Order of the images.
         batches_done: Tells how many batches of this epoch the trainer has used.
         num_workers: Worker processes.
         collate_fn: Puts samples into a batch.
@@ -90,8 +271,7 @@ class ResumableLoader(DataLoader[Any]):
         self,
         dataset: Dataset[Any],
         *,
-        sampler: EpochSampler,
-        batch_size: int,
+        batches: EpochBatches,
         batches_done: Callable[[], int],
         num_workers: int,
         collate_fn: Callable[[list[Any]], Any],
@@ -100,8 +280,7 @@ class ResumableLoader(DataLoader[Any]):
     ) -> None:
         super().__init__(
             dataset,
-            batch_size=batch_size,
-            sampler=sampler,
+            batch_sampler=batches,
             num_workers=num_workers,
             collate_fn=collate_fn,
             worker_init_fn=worker_init_fn,
@@ -109,8 +288,9 @@ class ResumableLoader(DataLoader[Any]):
             persistent_workers=num_workers > 0,
             # Its own generator: starting an epoch draws from it, and the model's random numbers must not depend on
             # how often a loader was started.
-            generator=torch.Generator().manual_seed(sampler.seed),
+            generator=torch.Generator().manual_seed(batches.seed),
         )
+        self._order = batches
         self._batches_done = batches_done
         self._resuming = False
 
@@ -120,24 +300,15 @@ class ResumableLoader(DataLoader[Any]):
 
     def _batches(self) -> Iterator[Any]:
         if self._resuming:
-            assert isinstance(self.sampler, EpochSampler)
-            assert self.batch_size is not None
-            self.sampler.skip = self._batches_done() * self.batch_size
+            self._order.skip = self._batches_done()
             self._resuming = False
         yield from super().__iter__()
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What the order of images depends on, besides the epoch."""
-        sampler = self.sampler
-        assert isinstance(sampler, EpochSampler)
-        return {
-            "images": len(sampler.dataset),  # type: ignore[arg-type]
-            "batch_size": self.batch_size or 1,
-            "ranks": sampler.num_replicas,
-            "seed": sampler.seed,
-        }
+        return self._order.state()
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Marks the next iteration as the continuation of the epoch that the trainer resumes."""
         self._resuming = True
         changed = [

@@ -15,7 +15,7 @@ from effvit.categories import Categories
 from effvit.datamodules._annotations import AnnotationTable
 from effvit.datamodules._checks import Fault, apply_policy, fault_table, find_faults, read_coco
 from effvit.datamodules._layout import SplitFiles, find_split, has_split
-from effvit.datamodules._samplers import EpochSampler, ResumableLoader
+from effvit.datamodules._samplers import ResumableLoader, ShapeBatches
 from effvit.datamodules._samples import AnnotatedImages, single_threaded
 from effvit.datamodules.transforms import Collate, eval_transform, train_transform
 from effvit.errors import ConfigError, DatasetError, close_matches
@@ -174,8 +174,7 @@ class CocoDetection(LightningDataModule):
         dataset = self._datasets["train"]
         return ResumableLoader(
             dataset,
-            sampler=EpochSampler(dataset.table.is_wide, self.batch_size, self.seed, self._ranks()),
-            batch_size=self.batch_size,
+            batches=ShapeBatches(dataset.table.is_wide, self.batch_size, self.seed, self._ranks()),
             batches_done=self._batches_done,
             num_workers=self.num_workers,
             collate_fn=self._collate,
