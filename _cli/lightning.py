@@ -24,7 +24,7 @@ from effvit._cli.parser import Parser
 from effvit.callbacks import EMA, Progress, RunCheckpoint, RunReport
 from effvit.categories import Categories
 from effvit.datamodules import CocoDetection, HandwrittenDigits, ImageFiles
-from effvit.errors import CheckpointError, EffvitError
+from effvit.errors import CheckpointError, ConfigError, EffvitError
 from effvit.tasks import Task
 
 log = logging.getLogger("effvit")
@@ -120,10 +120,18 @@ class EffvitCLI(LightningCLI):
             help="Average the weights with this decay, in (0, 1), and evaluate the average; null for none.",
         )
         parser.add_argument(
+            "--base",
+            type=str | list[str] | None,
+            default=None,
+            help="In a configuration file: those that it builds on, parsed before it; see _cli/shipped.py. Names of "
+            "shipped ones, or files beside it.",
+        )
+        parser.add_argument(
             "--save_every_n_steps", type=int, default=200, help="Write last.ckpt every so many optimizer steps."
         )
         parser.link_arguments("data", "model.init_args.categories", compute_fn=self._categories, apply_on="instantiate")
         parser.link_arguments("data", "model.init_args.pad_divisor", compute_fn=_pad_divisor, apply_on="instantiate")
+        parser.link_arguments("model.init_args.backbone", "data.init_args.published", compute_fn=_published_input)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without LightningCLI's warning about ``sys.argv``, from which ``args`` was made."""
@@ -255,6 +263,17 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", pattern)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "💡" not in record.getMessage())
+
+
+def _published_input(backbone: str) -> dict[str, Any] | None:
+    """Size, crop and resize filter that the published weights of a backbone expect; the network explains a bad name."""
+    from effvit.backbones import outline
+
+    try:
+        spec = outline(backbone).input_spec
+    except ConfigError:
+        return None
+    return {"size": spec.size[0], "crop": spec.crop, "interpolation": spec.interpolation}
 
 
 def _pad_divisor(data: LightningDataModule) -> int:

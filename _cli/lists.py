@@ -71,8 +71,7 @@ def _find_backbones(pattern: str) -> list[str]:
 
 def _describe(name: str) -> dict[str, Any]:
     """All that is known of a network; for one of timm's that is no backbone, why."""
-    from effvit.backbones import VariantInfo
-    from effvit.backbones._registry import outline
+    from effvit.backbones import VariantInfo, outline
 
     try:
         network = outline(name)

@@ -10,7 +10,7 @@ from effvit.backbones._checkpoint import LoadReport, load_checkpoint, open_check
 from effvit.backbones._contract import Backbone, Classifier, FeatureMap, InputSpec, VariantInfo
 from effvit.backbones._factory import create_backbone, create_classifier
 from effvit.backbones._pyramid import FeaturePyramid
-from effvit.backbones._registry import backbone_info, list_backbones
+from effvit.backbones._registry import backbone_info, list_backbones, outline
 
 __all__ = [
     "Backbone",
@@ -26,5 +26,6 @@ __all__ = [
     "list_backbones",
     "load_checkpoint",
     "open_checkpoint",
+    "outline",
     "read_checkpoint",
 ]

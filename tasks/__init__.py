@@ -1,4 +1,4 @@
-"""What is trained: Lightning modules with their detectors, losses, metrics and optimizer groups."""
+"""What is trained: Lightning modules with their losses, detectors, metrics and optimizer groups."""
 
 from effvit.tasks._checkpoint import read_run
 from effvit.tasks._task import Task

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,24 +12,50 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
+from effvit.categories import Categories
+from effvit.errors import CheckpointError, ConfigError
+from effvit.tasks._checkpoint import read_run
+from effvit.tasks.schedules import WarmupCosine
+
+_log = logging.getLogger(__name__)
+
 # Spelled out instead of taken from lightning.pytorch.cli: that module needs jsonargparse, a task does not.
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
-_NORMS = (nn.modules.batchnorm._BatchNorm,)  # noqa: SLF001 - the only common base of BatchNorm1d/2d/3d and SyncBatchNorm
+NORMS = (nn.modules.batchnorm._BatchNorm,)  # noqa: SLF001 - the only common base of BatchNorm1d/2d/3d and SyncBatchNorm
+
+
+class Group(NamedTuple):
+    """What the parameters of one optimizer group share.
+
+    Attributes:
+        decayed: Whether weight decay acts on them.
+        lr_scale: Factor on the learning rate.
+        frozen_epochs: First epochs in which their learning rate is 0.
+    """
+
+    decayed: bool = True
+    lr_scale: float = 1.0
+    frozen_epochs: int = 0
 
 
 class Task(LightningModule):
     """A network with its losses, metrics and optimizer.
 
     Constructors of tasks take plain values only (names, numbers, paths), so that a checkpoint can be rebuilt from its
-    own hyperparameters. The optimizer and its schedule are injected as callables; the parameter groups are built here.
+    own hyperparameters; they have ``pretrained`` and ``checkpoint`` among them. The optimizer and its schedule are
+    injected as callables; the parameter groups are built here.
 
     Args:
+        categories: Class name by category id.
         optimizer: Makes the optimizer from parameter groups.
-        lr_scheduler: Makes the schedule, stepped once per epoch. ``None`` keeps the learning rate.
+        lr_scheduler: Makes the schedule: a `WarmupCosine`, or any other one, which is stepped once per epoch. ``None``
+            keeps the learning rate.
         warmup_steps: Optimizer steps over which the learning rate rises linearly; 0 for none.
         warmup_factor: Share of the learning rate at the first step of the warm-up, in ``(0, 1]``.
+        lr_batch_size: Global batch that the learning rate is given for: it is scaled linearly to the real one, images
+            of all processes and accumulated batches together. ``None`` takes it as it is.
     """
 
     #: Name of the logged metric that says which checkpoint is best, and whether more is better.
@@ -37,45 +64,165 @@ class Task(LightningModule):
 
     def __init__(
         self,
+        categories: dict[int, str],
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None,
-        warmup_steps: int,
-        warmup_factor: float,
+        *,
+        warmup_steps: int = 0,
+        warmup_factor: float = 1.0,
+        lr_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        if lr_batch_size is not None and lr_batch_size < 1:
+            raise ConfigError(f"lr_batch_size must be 1 or more, or null, not {lr_batch_size}")
+        self.categories = Categories(categories)
+        self.evaluated_step: int | None = None
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._warmup_steps = warmup_steps
         self._warmup_factor = warmup_factor
+        self._lr_batch_size = lr_batch_size
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are not decayed."""
-        return set()
+    def group_of(self, name: str, parameter: nn.Parameter) -> Group:  # noqa: ARG002 - for subclasses
+        """The optimizer group of a parameter, by its name in this module."""
+        return Group()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters, those of `no_weight_decay` in a group of their own."""
-        exempt = self.no_weight_decay()
-        groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+        """Trainable parameters by `group_of`, in the order in which the groups first occur."""
+        members: dict[Group, list[Tensor]] = {}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                groups[name in exempt].append(parameter)
-        decayed, plain = groups
-        return [{"params": decayed}] + ([{"params": plain, "weight_decay": 0.0}] if plain else [])
+                members.setdefault(self.group_of(name, parameter), []).append(parameter)
+        if not members:
+            raise ConfigError("nothing is left to train: every parameter is frozen")
+        return [
+            {"params": parameters, "lr_scale": group.lr_scale, "frozen_epochs": group.frozen_epochs}
+            | ({} if group.decayed else {"weight_decay": 0.0})
+            for group, parameters in members.items()
+        ]
 
     def configure_optimizers(self) -> Any:
-        """Optimizer with the warm-up (per step) and the schedule (per epoch), multiplied as MMEngine does."""
+        """Optimizer with its learning rate scaled to the real batch, and its schedule.
+
+        A `WarmupCosine` brings its own warm-up. Any other schedule is stepped per epoch and multiplied with the warm-up
+        per step, as MMEngine does.
+        """
         optimizer = self._optimizer(self.parameter_groups())
+        factor = self.global_batch() / self._lr_batch_size if self._lr_batch_size and self.global_batch() else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] *= factor * group["lr_scale"]
         schedulers: list[dict[str, Any]] = []
         if self._warmup_steps:
             warmup = LinearLR(optimizer, start_factor=self._warmup_factor, total_iters=self._warmup_steps)
             schedulers.append({"scheduler": warmup, "interval": "step", "name": "warmup"})
         if self._lr_scheduler is not None:
-            schedulers.append({"scheduler": self._lr_scheduler(optimizer), "interval": "epoch", "name": "schedule"})
+            schedule = self._lr_scheduler(optimizer)
+            own = isinstance(schedule, WarmupCosine)
+            if own and self._trainer is not None:
+                schedule.bind(*self._length())
+            schedulers.append({"scheduler": schedule, "interval": "step" if own else "epoch", "name": "schedule"})
         return [optimizer], schedulers
+
+    def global_batch(self) -> int:
+        """Images of one optimizer step, all processes and accumulated batches together; 0 where nobody knows."""
+        if self._trainer is None:
+            return 0
+        images = int(getattr(self.trainer.datamodule, "batch_size", 0))  # type: ignore[attr-defined]
+        return images * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    def _length(self) -> tuple[int, int | None]:
+        """Epochs of the training, and optimizer steps in each, ``None`` where they differ."""
+        epochs = self.trainer.max_epochs
+        if epochs is None or epochs < 1:
+            raise ConfigError("a cosine schedule needs to know its end: set trainer.max_epochs to 1 or more")
+        self.trainer.fit_loop.setup_data()
+        batches = self.trainer.num_training_batches
+        return epochs, None if batches == float("inf") else -(-int(batches) // self.trainer.accumulate_grad_batches)
 
     def on_fit_start(self) -> None:
         """Puts the network into training mode, which Lightning leaves to the module since version 2.2."""
         self.train()
+
+    def on_train_start(self) -> None:
+        """Writes the arithmetic of batch and learning rate into the log."""
+        if self.global_batch() and self.trainer.is_global_zero:
+            _log.info("%s; %s; %s", self._batch_arithmetic(), self._rate_arithmetic(), self._step_arithmetic())
+
+    def _batch_arithmetic(self) -> str:
+        batch, processes, accumulated = (
+            self.global_batch(),
+            self.trainer.world_size,
+            self.trainer.accumulate_grad_batches,
+        )
+        images = batch // processes // accumulated
+        return f"global batch {batch} = {images} images x {processes} processes x {accumulated} accumulated"
+
+    def _rate_arithmetic(self) -> str:
+        group = max(self.trainer.optimizers[0].param_groups, key=lambda group: group["lr_scale"])
+        rate = group.get("initial_lr", group["lr"]) / group["lr_scale"]
+        if not self._lr_batch_size:
+            return f"learning rate {rate:g}"
+        given = rate * self._lr_batch_size / self.global_batch()
+        return f"learning rate {rate:g} = {given:g} x {self.global_batch()} / {self._lr_batch_size}"
+
+    def _step_arithmetic(self) -> str:
+        batches, accumulated = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        steps = "varying" if batches == float("inf") else str(-(-int(batches) // accumulated))
+        return f"{steps} steps an epoch, {self.trainer.max_epochs} epochs"
+
+    def on_train_epoch_start(self) -> None:
+        """Tells the schedule which epoch it is."""
+        schedulers = self.lr_schedulers()
+        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+            if isinstance(scheduler, WarmupCosine):
+                scheduler.start_epoch(self.current_epoch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes that the weights inside supersede any starting point, which need not exist where they are loaded."""
+        checkpoint["hyper_parameters"] |= {"pretrained": False, "checkpoint": None}
+
+    def load_weights(self, state_dict: dict[str, Tensor], source: str) -> None:
+        """Loads all weights of the task, or fails.
+
+        Args:
+            state_dict: Weights under the names that this module gives them.
+            source: Where they come from, for the message.
+
+        Raises:
+            CheckpointError: The weights belong to another backbone, or to another number of classes.
+        """
+        own = self.state_dict()
+        odd = [name for name in own if name not in state_dict or own[name].shape != state_dict[name].shape]
+        odd += [name for name in state_dict if name not in own]
+        if odd:
+            raise CheckpointError(f"{source} {self._explain_mismatch(odd, state_dict)}")
+        self.load_state_dict(state_dict)
+
+    def start_from(self, path: str) -> None:
+        """Loads all weights of a run's checkpoint as the starting point; see `load_weights`."""
+        self.load_weights(read_run(path)["state_dict"], path)
+
+    def classes_in(self, state_dict: dict[str, Tensor]) -> tuple[str, int] | None:
+        """Prefix of the parameters that depend on the number of classes, and that number in given weights."""
+        raise NotImplementedError
+
+    def _explain_mismatch(self, odd: list[str], given: dict[str, Tensor]) -> str:
+        found = self.classes_in(given)
+        if found is not None and all(name.startswith(found[0]) for name in odd):
+            return (
+                f"was trained on {found[1]} classes, the data has {len(self.categories)}: "
+                f"{_brief(self.categories.names)}. Use the data set it was trained on, "
+                "or start from its backbone with --model.pretrained."
+            )
+        return (
+            f"does not fit a {type(self).__name__.lower()} network on {self.hparams['backbone']!r}: {len(odd)} of "
+            f"{len(self.state_dict())} tensors are missing, unknown or of another shape, first {odd[0]!r}. Leave "
+            "--model.backbone out to use the one of the checkpoint."
+        )
+
+
+def _brief(names: tuple[str, ...], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def freeze_norm_statistics(module: nn.Module) -> None:
@@ -85,18 +232,20 @@ def freeze_norm_statistics(module: nn.Module) -> None:
     batch statistics. To be called after each ``train()``.
     """
     for child in module.modules():
-        if isinstance(child, _NORMS):
+        if isinstance(child, NORMS):
             child.eval()
 
 
-def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalise(
+    images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], sizes: list[tuple[int, int]] | None = None
+) -> Tensor:
     """Turns uint8 images into what the backbone was trained on, with zeros in the padding.
 
     Args:
         images: uint8 ``(B, 3, H, W)``, RGB, padded at the bottom and the right.
-        sizes: Height and width of each image before padding, in pixels.
         mean: Channel means in ``[0, 1]``.
         std: Channel standard deviations in ``[0, 1]``.
+        sizes: Height and width of each image before padding, in pixels; none is padded by default.
 
     Returns:
         float32 ``(B, 3, H, W)``. The padding is zeroed after the normalisation, as MMDetection pads.
@@ -105,7 +254,7 @@ def normalise(images: Tensor, sizes: list[tuple[int, int]], mean: tuple[float, .
     scale = 1 / (255 * deviation)
     shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1) / deviation
     result = images.to(torch.float32).mul_(scale).sub_(shift)
-    for image, (height, width) in zip(result, sizes, strict=True):
+    for image, (height, width) in zip(result, sizes or (), strict=sizes is not None):
         image[:, height:].zero_()
         image[:, :, width:].zero_()
     return result

@@ -6,15 +6,20 @@ import logging
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from effvit.backbones import FeaturePyramid, create_backbone
-from effvit.categories import Categories
-from effvit.errors import CheckpointError, ConfigError, close_matches
-from effvit.tasks._checkpoint import read_run
-from effvit.tasks._task import LRSchedulerCallable, OptimizerCallable, Task, freeze_norm_statistics, normalise
+from effvit.errors import ConfigError, close_matches
+from effvit.tasks._task import (
+    NORMS,
+    Group,
+    LRSchedulerCallable,
+    OptimizerCallable,
+    Task,
+    freeze_norm_statistics,
+    normalise,
+)
 from effvit.tasks.detectors.retinanet import RetinaNet
 from effvit.tasks.metrics.coco import CocoEvaluator, CocoResult
 
@@ -95,11 +100,9 @@ class Detection(Task):
         warmup_steps: int = 500,
         warmup_factor: float = 0.001,
     ) -> None:
-        super().__init__(optimizer, lr_scheduler, warmup_steps, warmup_factor)
+        super().__init__(categories, optimizer, lr_scheduler, warmup_steps=warmup_steps, warmup_factor=warmup_factor)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         _check_options(detector, score_threshold, nms_threshold)
-        self.categories = Categories(categories)
-        self.backbone_name = backbone
         self.norm_eval = norm_eval
         self.per_class_ap = per_class_ap
         network = create_backbone(backbone, pretrained=pretrained, **(backbone_options or {}))
@@ -117,16 +120,15 @@ class Detection(Task):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.detector.to(memory_format=self.memory_format)
         self.input_spec = network.input_spec
+        self._exempt = {f"detector.pyramid.backbone.{name}" for name in network.no_weight_decay()}
         self.evaluator = CocoEvaluator(backend=coco_backend)
         self.result: CocoResult | None = None
-        self.evaluated_step: int | None = None
         if checkpoint is not None:
-            self._start_from(checkpoint)
+            self.start_from(checkpoint)
 
-    def no_weight_decay(self) -> set[str]:
-        """Attention biases of the backbone, by their names in this module."""
-        exempt = self.detector.pyramid.backbone.no_weight_decay()
-        return {f"detector.pyramid.backbone.{name}" for name in exempt}
+    def group_of(self, name: str, parameter: nn.Parameter) -> Group:  # noqa: ARG002 - the template's signature
+        """No weight decay for the attention biases of the backbone."""
+        return Group(decayed=name not in self._exempt)
 
     def train(self, mode: bool = True) -> Detection:
         """Training or eval mode; with ``norm_eval`` the backbone's BatchNorm statistics stay fixed in both."""
@@ -140,7 +142,7 @@ class Detection(Task):
         super().on_fit_start()
         options = self.hparams
         started = options["pretrained"] or options["checkpoint"] or self.trainer.ckpt_path
-        has_statistics = any(isinstance(module, _BatchNorm) for module in self.detector.pyramid.backbone.modules())
+        has_statistics = any(isinstance(module, NORMS) for module in self.detector.pyramid.backbone.modules())
         if self.norm_eval and has_statistics and not started:
             _log.warning(
                 "the backbone starts from random weights with fixed BatchNorm statistics (norm_eval), which only fits "
@@ -151,7 +153,7 @@ class Detection(Task):
         """Normalised images ``(B, 3, H, W)`` and their sizes (height, width) before padding, in pixels."""
         images, targets = batch
         sizes = [target["size"] for target in targets]
-        images = normalise(images, sizes, self.input_spec.mean, self.input_spec.std)
+        images = normalise(images, self.input_spec.mean, self.input_spec.std, sizes)
         images = images.to(self.dtype)  # of the weights: float32 unless the Trainer runs in bf16-true or 16-true
         return images.contiguous(memory_format=self.memory_format), sizes
 
@@ -214,44 +216,13 @@ class Detection(Task):
         # Every rank holds the same numbers, so nothing is left to synchronise.
         self.log_dict({f"{prefix}/{name}": value for name, value in metrics.items()}, rank_zero_only=False)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes that the weights inside supersede any starting point, which need not exist where they are loaded."""
-        checkpoint["hyper_parameters"] |= {"pretrained": False, "checkpoint": None}
-
-    def load_weights(self, state_dict: dict[str, Tensor], source: str) -> None:
-        """Loads all weights of the detector, or fails.
-
-        Args:
-            state_dict: Weights under the names that this module gives them.
-            source: Where they come from, for the message.
-
-        Raises:
-            CheckpointError: The weights belong to another backbone, or to another number of classes.
-        """
-        own = self.state_dict()
-        odd = [name for name in own if name not in state_dict or own[name].shape != state_dict[name].shape]
-        odd += [name for name in state_dict if name not in own]
-        if odd:
-            raise CheckpointError(self._explain_mismatch(odd, own, state_dict, source))
-        self.load_state_dict(state_dict)
-
-    def _explain_mismatch(self, odd: list[str], own: dict[str, Tensor], given: dict[str, Tensor], source: str) -> str:
-        logits = "detector.head.classification_head.cls_logits.bias"
-        if odd and all(name.startswith(logits.rsplit(".", 1)[0]) for name in odd) and logits in given:
-            anchors = own[logits].numel() // len(self.categories)
-            return (
-                f"{source} was trained on {given[logits].numel() // anchors} classes, the data has "
-                f"{len(self.categories)}: {', '.join(self.categories.names)}. Use the data set it was trained on, "
-                "or start from its backbone with --model.pretrained."
-            )
-        return (
-            f"{source} does not fit a detector on {self.backbone_name!r}: {len(odd)} of {len(own)} tensors are "
-            f"missing, unknown or of another shape, first {odd[0]!r}. Leave --model.backbone out to use the one of the "
-            "checkpoint."
-        )
-
-    def _start_from(self, path: str) -> None:
-        self.load_weights(read_run(path)["state_dict"], path)
+    def classes_in(self, state_dict: dict[str, Tensor]) -> tuple[str, int] | None:
+        """See `Task.classes_in`."""
+        prefix = "detector.head.classification_head.cls_logits."
+        if f"{prefix}bias" not in state_dict:
+            return None
+        anchors = self.state_dict()[f"{prefix}bias"].numel() // len(self.categories)
+        return prefix, state_dict[f"{prefix}bias"].numel() // anchors
 
 
 def _check_options(detector: str, score_threshold: float, nms_threshold: float) -> None:

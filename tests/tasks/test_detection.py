@@ -42,7 +42,7 @@ def batch(sizes=((64, 96), (50, 70))):
 def test_images_are_normalised_and_then_padded_with_zeros():
     images, targets = batch()
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    found = normalise(images, [target["size"] for target in targets], mean, std)
+    found = normalise(images, mean, std, [target["size"] for target in targets])
     mean, std = torch.tensor(mean), torch.tensor(std)
     for number, (height, width) in enumerate(target["size"] for target in targets):
         inside = (images[number].double() / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -112,7 +112,7 @@ def test_boxes_come_back_in_pixels_of_the_original_image(task):
 
 
 def test_weights_of_another_network_are_refused_with_the_reason(task):
-    with pytest.raises(CheckpointError, match="does not fit a detector on 'efficientvit_m0'"):
+    with pytest.raises(CheckpointError, match="does not fit a detection network on 'efficientvit_m0'"):
         task.load_weights(
             Detection("efficientvit_m1", CLASSES, pyramid_channels=16, head_convs=1).state_dict(), "a.ckpt"
         )
