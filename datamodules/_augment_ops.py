@@ -16,6 +16,8 @@ import torch
 from torch.nn import functional as F
 
 Pixels: TypeAlias = np.ndarray[Any, np.dtype[np.uint8]]
+Colour: TypeAlias = tuple[int, int, int]
+Matrix: TypeAlias = tuple[float, float, float, float, float, float]
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
 
 _FLAGS = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
@@ -146,45 +148,29 @@ def gaussian_blur(image: Pixels, sigma: float) -> Pixels:
     return cv2.GaussianBlur(image, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
 
 
-def shear_x(image: Pixels, factor: float, interpolation: Interpolation, fill: tuple[int, int, int]) -> Pixels:
-    """Moves each row sideways in proportion to its distance from the top."""
-    return _affine(image, (1, factor, 0, 0, 1, 0), interpolation, fill)
-
-
-def shear_y(image: Pixels, factor: float, interpolation: Interpolation, fill: tuple[int, int, int]) -> Pixels:
-    """Moves each column up or down in proportion to its distance from the left."""
-    return _affine(image, (1, 0, 0, factor, 1, 0), interpolation, fill)
-
-
-def translate_x(image: Pixels, pixels: float, interpolation: Interpolation, fill: tuple[int, int, int]) -> Pixels:
-    """Moves the image to the left."""
-    return _affine(image, (1, 0, pixels, 0, 1, 0), interpolation, fill)
-
-
-def translate_y(image: Pixels, pixels: float, interpolation: Interpolation, fill: tuple[int, int, int]) -> Pixels:
-    """Moves the image up."""
-    return _affine(image, (1, 0, 0, 0, 1, pixels), interpolation, fill)
-
-
-def rotate(image: Pixels, degrees: float, interpolation: Interpolation, fill: tuple[int, int, int]) -> Pixels:
-    """Rotates counter-clockwise about the centre (``Image.rotate``)."""
+def rotation(degrees: float, width: int, height: int) -> Matrix:
+    """The matrix of a counter-clockwise rotation about the centre (``Image.rotate``)."""
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    x, y = image.shape[1] / 2, image.shape[0] / 2
-    return _affine(image, (cos, -sin, x - x * cos + y * sin, sin, cos, y - x * sin - y * cos), interpolation, fill)
+    x, y = width / 2, height / 2
+    return cos, -sin, x - x * cos + y * sin, sin, cos, y - x * sin - y * cos
 
 
-def _affine(
-    image: Pixels,
-    matrix: tuple[float, float, float, float, float, float],
-    interpolation: Interpolation,
-    fill: tuple[int, int, int],
-) -> Pixels:
-    """Samples the source at ``matrix`` times each target position; Pillow's positions are the middles of pixels."""
+def warp(image: Pixels, matrix: Matrix, interpolation: Interpolation, fill: Colour) -> Pixels:
+    """Moves pixels by an affine map (``Image.transform`` with ``AFFINE``).
+
+    Args:
+        image: ``(H, W, 3)``.
+        matrix: ``(a, b, c, d, e, f)``: the target's ``(x, y)`` comes from ``(a x + b y + c, d x + e y + f)``, where the
+            middle of the first pixel is at 0.5.
+        interpolation: How the source is sampled.
+        fill: What lies outside of the source.
+    """
     a, b, c, d, e, f = matrix
-    corners = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
+    # OpenCV's first pixel is at 0.
+    at_zero = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
     return cv2.warpAffine(
         image,
-        corners,
+        at_zero,
         (image.shape[1], image.shape[0]),
         flags=_FLAGS[interpolation] | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_CONSTANT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -9,13 +10,13 @@ from typing import TypeAlias
 import numpy as np
 
 from effvit.datamodules import _augment_ops as ops
-from effvit.datamodules._augment_ops import Interpolation, Pixels
+from effvit.datamodules._augment_ops import Colour, Interpolation, Matrix, Pixels
 
-Operation: TypeAlias = Callable[[Pixels, float, Interpolation, tuple[int, int, int]], Pixels]
+# The mean of ImageNet, which timm paints where an operation moves the image away; torchvision paints black.
+_IMAGENET_GREY: Colour = (124, 116, 104)
+_BLACK: Colour = (0, 0, 0)
 
-# The mean of ImageNet, which timm paints where an operation moves the image away.
-_IMAGENET_GREY = (124, 116, 104)
-_BLACK = (0, 0, 0)
+Operation: TypeAlias = Callable[[Pixels, float, Interpolation, Colour], Pixels]
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Entry:
     """One operation of a policy.
 
     Attributes:
-        apply: Called with image, magnitude, interpolation and fill colour. The magnitude is what timm or torchvision
-            would draw, between 0 and 1; its sign matters only where ``signed``.
-        signed: Whether half of the time the magnitude is negative.
+        apply: Function of image, level, interpolation and fill colour. The level is the magnitude as a share of its
+            largest value, negated half of the time where ``signed``.
+        signed: Whether the operation has two directions.
     """
 
     apply: Operation
@@ -33,62 +34,59 @@ class Entry:
 
 
 def _plain(operation: Callable[[Pixels], Pixels]) -> Entry:
-    return Entry(lambda image, level, how, fill: operation(image))
+    return Entry(lambda image, _level, _how, _fill: operation(image))
 
 
-def _enhance(operation: Callable[[Pixels, float], Pixels], most: float = 0.9, least: float = 0.0) -> Entry:
-    return Entry(lambda image, level, how, fill: operation(image, max(least, 1 + level * most)), signed=True)
+def _point(operation: Callable[[Pixels, int], Pixels], argument: Callable[[float], int]) -> Entry:
+    return Entry(lambda image, level, _how, _fill: operation(image, argument(level)))
 
 
-# timm's `rand-…-inc1` list: the strength of every operation grows with the magnitude.
+def _enhance(operation: Callable[[Pixels, float], Pixels], least: float = 0.0) -> Entry:
+    return Entry(lambda image, level, _how, _fill: operation(image, max(least, 1 + 0.9 * level)), signed=True)
+
+
+def _warp(matrix: Callable[[float, int, int], Matrix]) -> Entry:
+    """The matrix is a function of level, width and height."""
+    return Entry(
+        lambda image, level, how, fill: ops.warp(image, matrix(level, image.shape[1], image.shape[0]), how, fill),
+        signed=True,
+    )
+
+
+# timm's list for `rand-…-inc1`: the effect of every operation grows with the magnitude.
 TIMM: dict[str, Entry] = {
     "AutoContrast": _plain(ops.autocontrast),
     "Equalize": _plain(ops.equalize),
     "Invert": _plain(ops.invert),
-    "Rotate": Entry(lambda image, level, how, fill: ops.rotate(image, level * 30, how, fill), signed=True),
-    "PosterizeIncreasing": Entry(lambda image, level, how, fill: ops.posterize(image, 4 - int(level * 4))),
-    "SolarizeIncreasing": Entry(lambda image, level, how, fill: ops.solarize(image, 256 - min(256, int(level * 256)))),
-    "SolarizeAdd": Entry(lambda image, level, how, fill: ops.solarize_add(image, min(128, int(level * 110)))),
+    "Rotate": _warp(lambda level, width, height: ops.rotation(30 * level, width, height)),
+    "PosterizeIncreasing": _point(ops.posterize, lambda level: 4 - int(4 * level)),
+    "SolarizeIncreasing": _point(ops.solarize, lambda level: 256 - int(256 * level)),
+    "SolarizeAdd": _point(ops.solarize_add, lambda level: int(110 * level)),
     "ColorIncreasing": _enhance(ops.color, least=0.1),
     "ContrastIncreasing": _enhance(ops.contrast, least=0.1),
     "BrightnessIncreasing": _enhance(ops.brightness, least=0.1),
     "SharpnessIncreasing": _enhance(ops.sharpness, least=0.1),
-    "ShearX": Entry(lambda image, level, how, fill: ops.shear_x(image, level * 0.3, how, fill), signed=True),
-    "ShearY": Entry(lambda image, level, how, fill: ops.shear_y(image, level * 0.3, how, fill), signed=True),
-    "TranslateXRel": Entry(
-        lambda image, level, how, fill: ops.translate_x(image, level * 0.45 * image.shape[1], how, fill), signed=True
-    ),
-    "TranslateYRel": Entry(
-        lambda image, level, how, fill: ops.translate_y(image, level * 0.45 * image.shape[0], how, fill), signed=True
-    ),
+    "ShearX": _warp(lambda level, _width, _height: (1, 0.3 * level, 0, 0, 1, 0)),
+    "ShearY": _warp(lambda level, _width, _height: (1, 0, 0, 0.3 * level, 1, 0)),
+    "TranslateXRel": _warp(lambda level, width, _height: (1, 0, 0.45 * level * width, 0, 1, 0)),
+    "TranslateYRel": _warp(lambda level, _width, height: (1, 0, 0, 0, 1, 0.45 * level * height)),
 }
 
-_TORCHVISION_SHIFT = 150.0 / 331.0
-
-# torchvision's `RandAugment`. Its shears and shifts go the other way than timm's, and shifts are whole pixels.
+# torchvision's `RandAugment`. Its shifts go the other way than timm's, by whole pixels.
 TORCHVISION: dict[str, Entry] = {
     "Identity": _plain(np.ascontiguousarray),
-    "ShearX": Entry(lambda image, level, how, fill: ops.shear_x(image, level * -0.3, how, fill), signed=True),
-    "ShearY": Entry(lambda image, level, how, fill: ops.shear_y(image, level * -0.3, how, fill), signed=True),
-    "TranslateX": Entry(
-        lambda image, level, how, fill: ops.translate_x(
-            image, -int(level * _TORCHVISION_SHIFT * image.shape[1]), how, fill
-        ),
-        signed=True,
-    ),
-    "TranslateY": Entry(
-        lambda image, level, how, fill: ops.translate_y(
-            image, -int(level * _TORCHVISION_SHIFT * image.shape[0]), how, fill
-        ),
-        signed=True,
-    ),
-    "Rotate": Entry(lambda image, level, how, fill: ops.rotate(image, level * 30, how, fill), signed=True),
+    "ShearX": _warp(lambda level, _width, _height: (1, 0.3 * level, 0, 0, 1, 0)),
+    "ShearY": _warp(lambda level, _width, _height: (1, 0, 0, 0.3 * level, 1, 0)),
+    "TranslateX": _warp(lambda level, width, _height: (1, 0, -int(150 / 331 * level * width), 0, 1, 0)),
+    "TranslateY": _warp(lambda level, _width, height: (1, 0, 0, 0, 1, -int(150 / 331 * level * height))),
+    "Rotate": _warp(lambda level, width, height: ops.rotation(30 * level, width, height)),
     "Brightness": _enhance(ops.brightness),
     "Color": _enhance(ops.color),
     "Contrast": _enhance(ops.contrast),
     "Sharpness": _enhance(ops.sharpness),
-    "Posterize": Entry(lambda image, level, how, fill: ops.posterize(image, 8 - round(level * 4))),
-    "Solarize": Entry(lambda image, level, how, fill: ops.solarize(image, 255 * (1 - level))),
+    "Posterize": _point(ops.posterize, lambda level: 8 - round(4 * level)),
+    # Its threshold is a fraction; a whole value lies from it up when it lies from the next whole number up.
+    "Solarize": _point(ops.solarize, lambda level: math.ceil(255 * (1 - level))),
     "AutoContrast": _plain(ops.autocontrast),
     "Equalize": _plain(ops.equalize),
 }
@@ -99,7 +97,7 @@ _TIMM_ENTRIES, _TORCHVISION_ENTRIES = tuple(TIMM.values()), tuple(TORCHVISION.va
 def rand_augment_timm(
     image: Pixels, random: np.random.Generator, interpolation: Interpolation, magnitude: float, std: float, num_ops: int
 ) -> Pixels:
-    """timm's RandAugment, ``rand-m<magnitude>-mstd<std>-inc1-n<num_ops>``.
+    """RandAugment as in timm, ``rand-m<magnitude>-mstd<std>-inc1-n<num_ops>``.
 
     Each of ``num_ops`` operations, drawn with replacement, is applied half of the time, with a magnitude drawn from a
     normal distribution and clipped to 0…10.
@@ -113,17 +111,16 @@ def rand_augment_timm(
         num_ops: How many operations are drawn.
     """
     for number in random.integers(len(_TIMM_ENTRIES), size=num_ops):
-        if random.random() > 0.5:
-            continue
-        level = min(max(random.normal(magnitude, std) if std > 0 else magnitude, 0.0), 10.0) / 10
-        image = _apply(_TIMM_ENTRIES[number], image, level, random, interpolation, _IMAGENET_GREY)
+        if random.random() < 0.5:
+            level = min(max(random.normal(magnitude, std), 0.0), 10.0) / 10
+            image = _apply(_TIMM_ENTRIES[number], image, level, random, interpolation, _IMAGENET_GREY)
     return image
 
 
 def rand_augment_torchvision(
     image: Pixels, random: np.random.Generator, interpolation: Interpolation, magnitude: float, num_ops: int
 ) -> Pixels:
-    """torchvision's ``RandAugment(num_ops, magnitude, num_magnitude_bins=31)``.
+    """RandAugment as in torchvision, ``RandAugment(num_ops, magnitude, num_magnitude_bins=31)``.
 
     Args:
         image: ``(H, W, 3)``.
@@ -143,7 +140,7 @@ def _apply(
     level: float,
     random: np.random.Generator,
     interpolation: Interpolation,
-    fill: tuple[int, int, int],
+    fill: Colour,
 ) -> Pixels:
     signed = -level if entry.signed and random.random() < 0.5 else level
     return entry.apply(image, signed, interpolation, fill)

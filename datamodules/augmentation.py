@@ -45,8 +45,8 @@ class Augmentation:
         ratio: Width over height of the crop, least and most.
         flip: Probability of a horizontal flip.
         policy: "rand_augment" is timm's ``rand-m9-mstd0.5-inc1`` (each operation applied half of the time),
-            "rand_augment_torchvision" is ``torchvision.transforms.v2.RandAugment`` with 31 magnitude bins (MobileViTv2),
-            "three_augment" is DeiT III's: one of greyscale, solarisation and blur.
+            "rand_augment_torchvision" is ``torchvision.transforms.v2.RandAugment`` with its 31 magnitudes
+            (MobileViTv2), "three_augment" is DeiT III's: one of greyscale, solarisation and blur.
         magnitude: Strength of RandAugment: 0 to 10, torchvision's 0 to 30.
         magnitude_std: Standard deviation of the magnitude, of timm's RandAugment only.
         num_ops: Operations that RandAugment draws for an image.
