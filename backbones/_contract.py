@@ -243,12 +243,18 @@ class Classifier(nn.Module):
         self.head_dist = head_dist
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, num_classes)`` of normalised images ``(B, 3, H, W)``."""
+        """Logits ``(B, num_classes)`` of normalised images ``(B, 3, H, W)``; the mean where there are two heads."""
+        logits, distilled = self.forward_heads(images)
+        return logits if distilled is None else (logits + distilled) / 2
+
+    def forward_heads(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What each head says of normalised images ``(B, 3, H, W)``: hard distillation trains each on its own.
+
+        Returns:
+            Logits ``(B, num_classes)`` of the head, and of the one that learns from a teacher, or ``None``.
+        """
         features = self.backbone.embed(images)
-        logits: Tensor = self.head(features)
-        if self.head_dist is not None:
-            logits = (logits + self.head_dist(features)) / 2
-        return logits
+        return self.head(features), None if self.head_dist is None else self.head_dist(features)
 
     def fuse(self) -> Classifier:
         """Fuses trunk and heads in place for inference; see ``Backbone.fuse``."""

@@ -106,6 +106,8 @@ class DynamicTokens:
     Attributes:
         class_token: ``(B, C)`` after the final LayerNorm.
         tokens: ``(B, N, C)`` after it, row by row of the grid; a dropped one as it was when it was dropped.
+        last: The same, but in training a dropped one as it left the last block. Token distillation reads the kept ones,
+            whose gradient here reaches the decisions through attention alone, as in the official code.
         decisions: For each predictor ``(B, N)``, 1 for kept tokens and 0 for others. In training with gradient, and 1
             only but for rounding. Empty for a keep ratio of 1.
         grid: Rows and columns.
@@ -113,6 +115,7 @@ class DynamicTokens:
 
     class_token: Tensor
     tokens: Tensor
+    last: Tensor
     decisions: tuple[Tensor, ...]
     grid: tuple[int, int]
 
@@ -188,9 +191,13 @@ class DynamicViT(Backbone):
         In training mode the decisions are random, in eval mode they are the ranks'.
         """
         x, grid = self._enter(images)
-        walk = self._masked if self.training and self.score_predictor and not self.fused else self._gathered
-        class_token, tokens, decisions = walk(x)
-        return DynamicTokens(self.norm(class_token), self.norm(tokens), decisions, grid)
+        if self.training and self.score_predictor and not self.fused:
+            x, tokens, decisions = self._masked(x)
+            x = self.norm(x)
+            return DynamicTokens(x[:, 0], self.norm(tokens), x[:, 1:], decisions, grid)
+        class_token, tokens, decisions = self._gathered(x)
+        tokens = self.norm(tokens)
+        return DynamicTokens(self.norm(class_token), tokens, tokens, decisions, grid)
 
     def embed(self, images: Tensor) -> Tensor:
         """The class token after the final LayerNorm, ``(B, num_features)``."""
@@ -241,9 +248,10 @@ class DynamicViT(Backbone):
         return x[:, 0], _put_back(held, places, x).view(batch, count, -1), tuple(decisions)
 
     def _masked(self, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        """Training: the same from random decisions, each of which weighs on the result with a gradient.
+        """Training: everything behind the last block ``(B, 1 + N, C)``, tokens on the grid and decisions.
 
-        All tokens go through all blocks; none attends to a dropped one.
+        The decisions are random, and each weighs on the result with a gradient. All tokens go through all blocks; none
+        attends to a dropped one.
         """
         keep = x.new_ones(x.shape[0], x.shape[1] - 1)
         policy: Tensor | None = None
@@ -259,7 +267,7 @@ class DynamicViT(Backbone):
         for decision, before in reversed(decided):
             # Not `where`: its derivative tells a decision what the token would have become.
             tokens = torch.lerp(before, tokens, decision[..., None].to(tokens.dtype))
-        return x[:, 0], tokens, tuple(decision for decision, _ in decided)
+        return x, tokens, tuple(decision for decision, _ in decided)
 
     def make_classifier(self, num_classes: int) -> nn.Linear:
         """One linear layer."""
