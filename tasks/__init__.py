@@ -2,6 +2,7 @@
 
 from effvit.tasks._checkpoint import read_run
 from effvit.tasks._task import Task
+from effvit.tasks.classification import Classification
 from effvit.tasks.detection import Detection
 
-__all__ = ["Detection", "Task", "read_run"]
+__all__ = ["Classification", "Detection", "Task", "read_run"]

@@ -33,5 +33,5 @@ def clip_adaptively(parameters: Iterable[Tensor], factor: float) -> None:
 def _unit_norm(value: Tensor) -> Tensor:
     """Euclidean norm over all dimensions but the first, or of a whole vector; broadcasts against ``value``."""
     if value.dim() <= 1:
-        return value.norm()
-    return value.norm(dim=tuple(range(1, value.dim())), keepdim=True)
+        return torch.linalg.vector_norm(value)
+    return torch.linalg.vector_norm(value, dim=tuple(range(1, value.dim())), keepdim=True)
