@@ -15,14 +15,14 @@ from typing import Any
 import yaml
 
 from effvit._cli.allocator import tune_allocator
-from effvit._cli.shipped import find_config
+from effvit._cli.shipped import find_config, with_bases
 from effvit.errors import ConfigError
 
 #: Where the first process of a distributed run tells the others its run folder.
 _RUN_DIR_VARIABLE = "EFFVIT_RUN_DIR"
 _SIGTERM_STATUS = 128 + 15
 #: How a data module turns files into network inputs; a checkpoint keeps them, prediction on other images needs them.
-INPUT_SETTINGS = ("image_size", "pad_divisor")
+INPUT_SETTINGS = ("image_size", "pad_divisor", "published")
 
 OWN_OPTIONS = """\
 effvit's own options, beside those below:
@@ -90,7 +90,8 @@ def launch(verb: str, words: Sequence[str]) -> int:
         raise ConfigError(f"`effvit {verb}` needs -c NAME or {flag} FILE; `effvit configs` lists the shipped configs.")
     run = Run(verb, rest, Path(), allocator)
     with _stored_settings(run, source) as stored:
-        given = [word for path in [*stored, *configs] for word in ("--config", str(path))]
+        files = [*stored, *(file for path in configs for file in with_bases(path))]
+        given = [word for file in files for word in ("--config", str(file))]
         run.arguments = [*given, *rest]
         run.directory, run.numbered = _run_directory(verb, own.run_dir, configs, run.checkpoint_path)
         return start(run)
@@ -180,8 +181,11 @@ def stored_config(checkpoint: dict[str, Any], path: Path, verb: str) -> str:
             "Give one with -c and pass the weights as --model.checkpoint."
         )
     config = yaml.safe_load(text)
-    # The weights inside supersede any starting point, which need not exist on this machine.
-    config["model"]["init_args"] |= {"pretrained": False, "checkpoint": None}
+    # The weights inside supersede any starting point, which need not exist on this machine, and have as many heads as
+    # they have.
+    options, stored = config["model"]["init_args"], checkpoint.get("hyper_parameters", {})
+    options |= {"pretrained": False, "checkpoint": None}
+    options |= {name: stored[name] for name in ("distilled",) if name in stored}
     if verb != "fit":
         config["trainer"] = {name: value for name, value in config["trainer"].items() if name not in _TRAINING_ONLY}
     return str(yaml.safe_dump(config))

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from effvit._cli.shipped import shipped_configs, summary
@@ -18,8 +19,26 @@ _MEASURED = 30
 
 
 def print_configs(words: list[str]) -> int:
-    """Prints every shipped configuration with what it is for."""
-    argparse.ArgumentParser(prog="effvit configs", description="List the shipped configurations.").parse_args(words)
+    """Prints every shipped configuration with what it is for, or draws the learning rate of one."""
+    parser = argparse.ArgumentParser(
+        prog="effvit configs",
+        description="List the shipped configurations, or draw the learning rate of one over its whole training.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--plot-lr", metavar="NAME", help="a shipped configuration, or a file")
+    parser.add_argument(
+        "--global_batch",
+        type=int,
+        metavar="N",
+        help="images of an optimizer step, all processes together; default: what the learning rate is given for",
+    )
+    parser.add_argument("--output", type=Path, default=Path("lr.png"), help="where to draw (default: %(default)s)")
+    own = parser.parse_args(words)
+    if own.plot_lr is not None:
+        from effvit._cli.plot_lr import plot_lr
+
+        plot_lr(own.plot_lr, own.global_batch, own.output)
+        return 0
     configs = shipped_configs()
     width = max(map(len, configs))
     for name, path in configs.items():

@@ -121,6 +121,14 @@ class WarmupCosine(LRScheduler):
             return scale * (self._warmup_lr + warmup * (peak - self._warmup_lr))
         return scale * (self._min_lr + 0.5 * (peak - self._min_lr) * (1 + math.cos(math.pi * cosine)))
 
+    def warmup_end(self) -> tuple[int, int | None]:
+        """Where the warm-up is over: the epoch from which on it is, or the step where it is counted in steps."""
+        if self._every == "step":
+            return 0, self._warmup_steps or round(self._warmup_epochs * (self._steps_per_epoch or 1))
+        if self._warmup_steps:
+            return 0, self._warmup_steps
+        return (math.ceil(self._warmup_epochs) + self._delay_epochs if self._warmup_epochs else 0), None
+
     def get_lr(self) -> list[Any]:
         """The learning rate of each group now."""
         if self._epochs is None and self.last_epoch > 0:
