@@ -1,4 +1,4 @@
-"""Data: detection sets in COCO format, the embedded digits, image folders, and the check of a data set.
+"""Data: detection sets in COCO format, classified images, the embedded digits, and the check of a data set.
 
 The names below load on first use, so that a command pays only for what it uses.
 """
@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from effvit.datamodules._layout import find_split, has_split
     from effvit.datamodules.coco import CocoDetection
+    from effvit.datamodules.digit_images import DigitImages
     from effvit.datamodules.digits import HandwrittenDigits
+    from effvit.datamodules.image_folder import ImageFolder
     from effvit.datamodules.images import ImageFiles
     from effvit.datamodules.inspection import DatasetReport, inspect_coco
 
 __all__ = [
     "CocoDetection",
     "DatasetReport",
+    "DigitImages",
     "HandwrittenDigits",
     "ImageFiles",
+    "ImageFolder",
     "find_split",
     "has_split",
     "inspect_coco",
@@ -28,8 +32,10 @@ __all__ = [
 _HOMES = {
     "CocoDetection": "coco",
     "DatasetReport": "inspection",
+    "DigitImages": "digit_images",
     "HandwrittenDigits": "digits",
     "ImageFiles": "images",
+    "ImageFolder": "image_folder",
     "find_split": "_layout",
     "has_split": "_layout",
     "inspect_coco": "inspection",

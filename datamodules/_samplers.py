@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from itertools import chain, cycle, islice
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ class EpochBatches(Sampler[list[Any]]):
 
     def _num_samples(self) -> int:
         """Images of this process in an epoch."""
-        return -(-self.num_images // self.num_replicas)
+        return math.ceil(self.num_images / self.num_replicas)
 
     def _shuffled(self, generator: torch.Generator) -> list[int]:
         """Indices of this process, in the order of PyTorch's ``DistributedSampler``."""
@@ -123,7 +124,7 @@ class ShapeBatches(EpochBatches):
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return -(-self._num_samples() // self.batch_size)
+        return math.ceil(self._num_samples() / self.batch_size)
 
     def _batches(self, generator: torch.Generator) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
@@ -190,7 +191,7 @@ class SquareBatches(SquareViews):
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return -(-self._num_samples() // self.batch_size) - self.leaves_one_out
+        return math.ceil(self._num_samples() / self.batch_size) - self.leaves_one_out
 
     @property
     def leaves_one_out(self) -> bool:

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import cv2
-from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
 from effvit.categories import Categories
 from effvit.datamodules._annotations import AnnotationTable
 from effvit.datamodules._checks import Fault, apply_policy, fault_table, find_faults, read_coco
 from effvit.datamodules._layout import SplitFiles, find_split, has_split
-from effvit.datamodules._samplers import ResumableLoader, ShapeBatches
-from effvit.datamodules._samples import AnnotatedImages, single_threaded
+from effvit.datamodules._loaders import DataModule, check_at_least
+from effvit.datamodules._samplers import ShapeBatches
+from effvit.datamodules._samples import AnnotatedImages
 from effvit.datamodules.transforms import Collate, eval_transform, train_transform
 from effvit.errors import ConfigError, DatasetError, close_matches
 
@@ -25,7 +24,7 @@ _POLICIES = ("error", "skip", "clip")
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
-class CocoDetection(LightningDataModule):
+class CocoDetection(DataModule):
     """Detection data in COCO format, read as the published recipes do.
 
     Where no files are named, a split is looked for as ``annotations/instances_<split>2017.json`` with ``<split>2017/``,
@@ -89,17 +88,20 @@ class CocoDetection(LightningDataModule):
         faults: Literal["error", "skip", "clip"] = "error",
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
+            num_workers=num_workers,
+            collate=Collate(pad_divisor),
+        )
         self.root = Path(root)
         self._files = {
             "train": (train_annotations, train_images),
             "val": (val_annotations, val_images),
             "test": (test_annotations, test_images),
         }
-        _check_positive(batch_size=batch_size, val_batch_size=val_batch_size, pad_divisor=pad_divisor)
-        _check_positive(**{"image_size[0]": image_size[0], "image_size[1]": image_size[1]})
-        if num_workers < 0:
-            raise ConfigError(f"num_workers must be 0 or more, found {num_workers}")
+        check_at_least(1, pad_divisor=pad_divisor)
+        check_at_least(1, **{"image_size[0]": image_size[0], "image_size[1]": image_size[1]})
         if not 0.0 <= flip <= 1.0:
             raise ConfigError(f"flip is a probability and must lie in 0 … 1, found {flip}")
         if not 0.0 < scale_jitter[0] <= scale_jitter[1]:
@@ -108,9 +110,6 @@ class CocoDetection(LightningDataModule):
             raise ConfigError(
                 f"faults must be one of {_POLICIES}, found {faults!r}. {close_matches(faults, _POLICIES)}"
             )
-        self.batch_size = batch_size
-        self.val_batch_size = val_batch_size
-        self.num_workers = num_workers
         self.image_size = image_size
         self.scale_jitter = scale_jitter
         self.flip = flip
@@ -119,7 +118,6 @@ class CocoDetection(LightningDataModule):
         self.keep_empty = keep_empty
         self.faults = faults
         self.seed = seed
-        self._collate = Collate(pad_divisor)
         self._categories: Categories | None = None
         self._truths: dict[str, dict[str, Any]] = {}
         self._datasets: dict[str, AnnotatedImages] = {}
@@ -172,51 +170,20 @@ class CocoDetection(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Training batches in the order of this epoch."""
         dataset = self._datasets["train"]
-        return ResumableLoader(
-            dataset,
-            batches=ShapeBatches(dataset.table.is_wide, self.batch_size, self.seed, self._ranks()),
-            batches_done=self._batches_done,
-            num_workers=self.num_workers,
-            collate_fn=self._collate,
-            worker_init_fn=single_threaded,
-            pin_memory=self._on_cuda(),
-        )
+        batches = ShapeBatches(dataset.table.is_wide, self.batch_size, self.seed, self._ranks())
+        return self._make_train_loader(dataset, batches)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation batches in the order of the JSON."""
-        return self._eval_loader("val")
+        return self._make_eval_loader(self._datasets["val"])
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Test batches in the order of the JSON."""
-        return self._eval_loader("test")
+        return self._make_eval_loader(self._datasets[self._resolve("test")])
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of the test split, to predict on."""
-        # A plain loader: Lightning rebuilds the loader of this stage to keep track of indices.
-        return DataLoader(
-            self._datasets[self._resolve("test")],
-            batch_size=self.val_batch_size,
-            num_workers=self.num_workers,
-            collate_fn=self._collate,
-            worker_init_fn=single_threaded,
-        )
-
-    def _eval_loader(self, split: str) -> DataLoader[Any]:
-        dataset = self._datasets[self._resolve(split)]
-        # Every process runs the same number of batches, the last images repeated where the number does not divide:
-        # a process that finishes early would leave the others waiting in a collective call (DDP's buffers, FSDP's
-        # parameters). The evaluator counts each image id once.
-        sampler: DistributedSampler[Any] = DistributedSampler(dataset, *self._ranks(), shuffle=False)
-        return DataLoader(
-            dataset,
-            batch_size=self.val_batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=self._collate,
-            worker_init_fn=single_threaded,
-            pin_memory=self._on_cuda(),
-            persistent_workers=self.num_workers > 0,
-        )
+        return self._make_predict_loader(self._datasets[self._resolve("test")])
 
     def _make_dataset(self, split: str, data: dict[str, Any]) -> AnnotatedImages:
         categories = Categories.from_coco(data["categories"])
@@ -266,16 +233,6 @@ class CocoDetection(LightningDataModule):
         """The split itself, or "val" where there is no test split."""
         return "val" if split == "test" and not self._has("test") else split
 
-    def _ranks(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
-
-    def _on_cuda(self) -> bool:
-        """Whether batches go to a CUDA device: pinning them for a run on the CPU would take GPU memory for nothing."""
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-
-    def _batches_done(self) -> int:
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer is not None else 0
-
 
 def _fault_report(found: dict[Path, list[Fault]]) -> str:
     parts = [
@@ -296,9 +253,3 @@ def _complete(data: dict[str, Any]) -> dict[str, Any]:
         for annotation in data["annotations"]
     ]
     return {**data, "annotations": annotations}
-
-
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ConfigError(f"{name} must be 1 or more, found {value}")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from effvit.datamodules._decode import read_image
+from effvit.datamodules._image_sources import image_endings
 from effvit.datamodules._samples import PlainImages, single_threaded
 from effvit.datamodules.transforms import Collate, eval_transform
 from effvit.errors import ConfigError, DatasetError
@@ -98,7 +98,7 @@ def _is_readable(file: Path) -> bool:
 
 def _collect(sources: list[str]) -> tuple[list[Path], list[str]]:
     """Files in order, and their names in the results."""
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    endings = image_endings()
     files: list[Path] = []
     names: list[str] = []
     for source in map(Path, sources):
