@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from effvit.callbacks._run_folder import whole_file
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREEN, _GREY = "#1d7ad6", "#f58220", "#2a9d55", "#6e7278"
+BLUE, ORANGE, GREEN, GREY = "#1d7ad6", "#f58220", "#2a9d55", "#6e7278"
 
 
 def draw_curves(
@@ -43,14 +45,15 @@ def draw_curves(
     _loss(loss_axes, steps, losses)
     _metrics(metric_axes, evaluations, metrics)
     unit = 10.0 ** math.floor(math.log10(max(rates, default=0.0) or 1.0))
-    rate_axes.plot(steps, [rate / unit for rate in rates], color=_GREEN, linewidth=1.6)
+    rate_axes.plot(steps, [rate / unit for rate in rates], color=GREEN, linewidth=1.6)
     rate_axes.set_ylim(bottom=0)
     rate_title = f"learning rate  [{unit:.0e}]"
     for axes, title in ((loss_axes, "training loss"), (metric_axes, "validation"), (rate_axes, rate_title)):
-        _style(axes, title, steps)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+        style(axes, title, "step")
+        if steps:
+            axes.set_xlim(left=0)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -68,19 +71,20 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _loss(axes: Axes, steps: Sequence[int], losses: Sequence[float]) -> None:
-    axes.plot(steps, losses, color=_BLUE, alpha=0.25, linewidth=1)
-    axes.plot(steps, smooth(losses), color=_BLUE, linewidth=1.8)
+    axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1)
+    axes.plot(steps, smooth(losses), color=BLUE, linewidth=1.8)
     if losses:
         # The first steps of a detector can be ten times the rest; they would flatten everything that matters.
-        ordered = sorted(smooth(losses))
+        # A run that diverges has losses without a place on any axis.
+        ordered = sorted(filter(math.isfinite, smooth(losses))) or [0.0]
         top = ordered[int(0.98 * (len(ordered) - 1))] * 1.15
-        bottom = min(0.0, *losses)
+        bottom = min(0.0, *filter(math.isfinite, losses), 0.0)
         if top > bottom:
             axes.set_ylim(bottom, top)
 
 
 def _metrics(axes: Axes, evaluations: Sequence[tuple[int, Mapping[str, float]]], metrics: Sequence[str]) -> None:
-    for name, colour in zip(metrics, (_BLUE, _ORANGE, _GREEN, _GREY), strict=False):
+    for name, colour in zip(metrics, (BLUE, ORANGE, GREEN, GREY), strict=False):
         points = [(step, row[name]) for step, row in evaluations if row.get(name, -1.0) >= 0]
         if points:
             x, y = zip(*points, strict=True)
@@ -95,14 +99,19 @@ def _metrics(axes: Axes, evaluations: Sequence[tuple[int, Mapping[str, float]]],
             axes.set_ylim(0, min(1.02, max(axes.get_ylim()[1], 0.1)))
 
 
-def _style(axes: Axes, title: str, steps: Sequence[int]) -> None:
+def style(axes: Axes, title: str, label: str) -> None:
+    """Gives all diagrams of a run the same looks.
+
+    Args:
+        axes: The diagram.
+        title: Its heading.
+        label: What its x axis shows.
+    """
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel("step", color=_GREY)
-    if steps:
-        axes.set_xlim(left=0)
+    axes.set_xlabel(label, color=GREY)
     axes.grid(visible=True, color="#e8e9eb", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_GREY, length=0)
+    axes.tick_params(colors=GREY, length=0)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):

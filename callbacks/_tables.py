@@ -6,13 +6,17 @@ import math
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 DASH = "\N{EN DASH}"
 COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+_CLASSIFICATION_COLUMNS = ("top1", "top5", "loss", "ece")
+_MOST_CLASSES = 100
+_EXTREMES = 10
 
 
 def format_metric(value: float | None) -> str:
@@ -30,8 +34,19 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def format_count(number: int) -> str:
+    """A number of images as ``950``, ``12.3k`` or ``1.28M``, three digits."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            whole = len(str(number // size))
+            return f"{number / size:.{3 - whole}f}{unit}"
+    return str(number)
+
+
 def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     """One row for each kind of result (``AP50`` is a box metric, ``segm/AP50`` a row of its own), or name and value.
+
+    A classifier's metrics are one row too.
 
     Args:
         metrics: Values by name, without ``val/`` or ``test/``.
@@ -39,6 +54,12 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     """
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     groups = sorted({name.rpartition("/")[0] for name in metrics if name.rpartition("/")[2] == "AP"})
+    if "top1" in metrics:
+        names = [name for name in _CLASSIFICATION_COLUMNS if name in metrics]
+        for name in names:
+            table.add_column(name, justify="right")
+        table.add_row(*(format_metric(metrics[name]) for name in names))
+        return table
     if not groups:
         table.add_column("metric")
         table.add_column("value", justify="right")
@@ -56,14 +77,25 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     return table
 
 
-def class_table(per_class: Mapping[str, float]) -> Table:
-    """AP of each class; many classes take several columns."""
-    columns = 1 if len(per_class) <= 20 else 3
+def class_table(per_class: Sequence[tuple[str, float]], measure: str) -> Table:
+    """A metric of each class; many classes take several columns, very many are cut to the worst and the best ten.
+
+    Args:
+        per_class: Class names and values; NaN or negative for a class without objects or images.
+        measure: Name of the metric.
+    """
+    cells = [(escape(name), format_metric(value)) for name, value in per_class]
+    heads = ["class"] * (1 if len(cells) <= 20 else 3)
+    if len(cells) > _MOST_CLASSES:
+        known = [item for item in per_class if item[1] >= 0]  # NaN is left out too
+        ranked = [(escape(name), format_metric(value)) for name, value in sorted(known, key=lambda item: item[1])]
+        cells = ranked[:_EXTREMES] + ranked[: -_EXTREMES - 1 : -1]
+        heads = ["worst classes", "best classes"]
     table = Table(box=box.SIMPLE_HEAD)
-    for _ in range(columns):
-        table.add_column("class")
-        table.add_column("AP", justify="right")
-    cells = [(name, format_metric(value)) for name, value in per_class.items()]
+    for head in heads:
+        table.add_column(head)
+        table.add_column(measure, justify="right")
+    columns = len(heads)
     height = -(-len(cells) // columns)
     for row in range(height):
         picked = [cells[row + height * column] for column in range(columns) if row + height * column < len(cells)]

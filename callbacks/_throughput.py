@@ -29,6 +29,11 @@ class Throughput:
 
     Args:
         window: Number of last batches that `rate` looks at.
+
+    Attributes:
+        seconds: Time of all batches of this process, in s.
+        images: Images of these batches.
+        images_seen: Images that the run has trained on, each epoch's counted anew. To be set where a run goes on.
     """
 
     def __init__(self, window: int = 50) -> None:
@@ -36,6 +41,7 @@ class Throughput:
         self._last: float | None = None
         self.seconds = 0.0
         self.images = 0
+        self.images_seen = 0
 
     def resume(self) -> None:
         """Starts the clock, at the start of training and after each interruption such as validation."""
@@ -48,6 +54,7 @@ class Throughput:
             self._window.append((now - self._last, images))
             self.seconds += now - self._last
             self.images += images
+        self.images_seen += images
         self._last = now
 
     def rate(self) -> float:

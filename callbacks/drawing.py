@@ -1,4 +1,4 @@
-"""Boxes, masks, class names and scores on images, legible on a thumbnail and on a photograph."""
+"""Boxes, masks, class names, scores and kept patches on images, legible on a thumbnail and on a photograph."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _Rectangle = tuple[float, float, float, float]
 _INK: Colour = (28, 30, 34)
 _PAPER: Colour = (255, 255, 255)
 _MASK_OPACITY = 0.45
+_DROPPED_OPACITY = 0.85  # enough left to see what was dropped
 # Hues by hand where a data set has few classes: far apart, and readable on photographs and on white.
 _FIRST_COLOURS: tuple[Colour, ...] = (
     (230, 57, 70),
@@ -80,7 +81,7 @@ def draw_detections(
     Raises:
         ValueError: ``image`` is not uint8 ``(3, H, W)``, or the numbers of boxes, labels, scores and masks differ.
     """
-    _check(image, boxes, labels, scores, masks)
+    _check(boxes, labels, scores, masks)
     keep = torch.arange(len(boxes))
     if scores is not None:
         order = scores.detach().cpu().float().argsort(descending=True, stable=True)
@@ -89,10 +90,11 @@ def draw_detections(
     captions = [_caption(int(label), names) for label in labels]
     if scores is not None:
         captions = [f"{text} {float(s):.2f}" for text, s in zip(captions, scores.detach().cpu()[keep], strict=True)]
-    pixels = image.detach().cpu().permute(1, 2, 0).numpy()
+    picture = _to_picture(image)
     if masks is not None:
-        pixels = _blend(pixels, masks.detach().cpu()[keep].bool().numpy(), labels.tolist())
-    picture, scale = _resize(Image.fromarray(np.ascontiguousarray(pixels)), min_side, max_side)
+        chosen = masks.detach().cpu()[keep].bool().numpy()
+        picture = Image.fromarray(_blend(np.asarray(picture), chosen, labels.tolist()))
+    picture, scale = _resize(picture, min_side, max_side)
     _draw(picture, (boxes * scale).tolist(), [class_colour(int(label)) for label in labels], captions)
     return picture
 
@@ -118,7 +120,8 @@ def panel_grid(
     """
     if not rows or any(len(row) != len(titles) for row in rows):
         raise ValueError(f"panel_grid needs rows of {len(titles)} pictures each, got {[len(row) for row in rows]}")
-    gap, margin, head = 6, 16, 34
+    gap, margin = 6, 16
+    head = 34 if any(titles) else margin
     cell_width = max(picture.width for row in rows for picture in row)
     lines = [rows[start : start + pairs_per_row] for start in range(0, len(rows), pairs_per_row)]
     heights = [max(picture.height for row in line for picture in row) for line in lines]
@@ -142,9 +145,81 @@ def panel_grid(
     return sheet
 
 
-def _check(image: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor | None, masks: Tensor | None) -> None:
+def captioned(image: Tensor, lines: Sequence[str], *, side: int = 240) -> Image.Image:
+    """An image in the middle of a square, and lines of text below it; all of one side line up in a `panel_grid`.
+
+    Args:
+        image: uint8 ``(3, H, W)``, RGB.
+        lines: Text, cut at the end where it is too long.
+        side: Of the square, in pixels. The image is shrunk to fit, or enlarged by at most 4.
+
+    Returns:
+        RGB picture on white.
+
+    Raises:
+        ValueError: ``image`` is not uint8 ``(3, H, W)``.
+    """
+    picture, _ = _resize(_to_picture(image), side, side)
+    size, spacing = 15, 20
+    sheet = Image.new("RGB", (side, side + 6 + spacing * len(lines)), _PAPER)
+    sheet.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    draw = ImageDraw.Draw(sheet)
+    for number, line in enumerate(lines):
+        place = (0, side + 6 + spacing * (number + 0.5))
+        draw.text(place, _cut(draw, line, size, side), fill=_INK, font=_font(size), anchor="lm")
+    return sheet
+
+
+def draw_kept_patches(
+    images: Tensor, decisions: Sequence[Tensor], grid: tuple[int, int], *, patch: int = 16
+) -> Image.Image:
+    """Shows which patches a network kept at each stage, as figure 1 of the DynamicViT paper does (arXiv 2106.02034).
+
+    Args:
+        images: uint8 ``(B, 3, H, W)``, RGB.
+        decisions: For each stage ``(B, N)``, 1 for kept patches and 0 for others, row by row of the grid.
+        grid: Rows and columns of patches.
+        patch: Side of a patch in pixels; the last row and column may stand over the edge of the image.
+
+    Returns:
+        RGB picture, one row an image: the image, then each stage with its dropped patches whitened.
+
+    Raises:
+        ValueError: The images are not uint8 ``(B, 3, H, W)``, or a decision does not fit the grid.
+    """
+    wrong = [tuple(kept.shape) for kept in decisions if kept.shape != (len(images), grid[0] * grid[1])]
+    if wrong:
+        raise ValueError(f"decisions about {len(images)} images on a grid {grid} cannot have the shape {wrong[0]}")
+    stages = [kept.detach().cpu().float().round().view(-1, *grid) for kept in decisions]
+    rows = []
+    for number, image in enumerate(images.cpu()):
+        row = [_to_picture(image)] + [_to_picture(_whiten(image, kept[number], patch)) for kept in stages]
+        rows.append([_resize(picture, 240, 320)[0] for picture in row])
+    shares = [f"stage {number}: {100 * float(kept.mean()):.0f} % kept" for number, kept in enumerate(stages, start=1)]
+    return panel_grid(rows, ("image", *shares))
+
+
+def _whiten(image: Tensor, kept: Tensor, patch: int) -> Tensor:
+    mask = kept.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[: image.shape[1], : image.shape[2]]
+    return torch.lerp(image.float(), torch.full((), 255.0), _DROPPED_OPACITY * (1 - mask)).round().to(torch.uint8)
+
+
+def _cut(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
+    """``text``, or as much of its beginning as fits with an ellipsis."""
+    if draw.textlength(text, font=_font(size)) <= width:
+        return text
+    while text and draw.textlength(text + "…", font=_font(size)) > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _to_picture(image: Tensor) -> Image.Image:
     if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
         raise ValueError(f"an image must be uint8 of shape (3, H, W), not {image.dtype} {tuple(image.shape)}")
+    return Image.fromarray(np.ascontiguousarray(image.detach().cpu().permute(1, 2, 0).numpy()))
+
+
+def _check(boxes: Tensor, labels: Tensor, scores: Tensor | None, masks: Tensor | None) -> None:
     counts = {"boxes": len(boxes), "labels": len(labels)}
     counts |= {"scores": len(scores)} if scores is not None else {}
     counts |= {"masks": len(masks)} if masks is not None else {}

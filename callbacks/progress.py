@@ -10,21 +10,22 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from rich import get_console
 
+from effvit.callbacks._tables import format_count
 from effvit.callbacks._throughput import Throughput, images_in_step, learning_rate
 from effvit.errors import ConfigError
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-_HEADLINES = ("AP", "AP50", "AP75")
+_HEADLINES = ("AP", "AP50", "AP75", "top1", "top5")
 
 
 class Progress(RichProgressBar):
-    """Rich progress bar with loss, images/s and GPU memory; plain lines where the output is not a terminal.
+    """Rich progress bar with loss, images/s, images seen and GPU memory; plain lines where there is no terminal.
 
     A log file or a CI page gets one line at the end of each epoch, one every ``seconds`` in between, and one after each
     validation, without control codes. ``images/s`` is over the last 50 batches of all processes together; waiting for
-    data counts, validation does not.
+    data counts, validation does not. Images seen are those of the whole run, resumed or not, each epoch's counted anew.
 
     Args:
         seconds: Longest silence of the plain lines during an epoch, in s.
@@ -44,6 +45,14 @@ class Progress(RichProgressBar):
         self._said = 0.0
         self._items: dict[str, Any] = {}
         self._items_until = -math.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        """Images seen so far."""
+        return {"images_seen": self._throughput.images_seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on counting."""
+        self._throughput.images_seen = int(state_dict["images_seen"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Decides between bar and lines."""
@@ -109,6 +118,7 @@ class Progress(RichProgressBar):
         if loss is not None and trainer.training:
             items = {"loss": f"{float(loss):.3f}"} | items
         items["images/s"] = f"{self._throughput.rate():.1f}"
+        items["images"] = format_count(self._throughput.images_seen)
         return items | _gpu_memory(trainer)
 
     def _training_line(self, trainer: Trainer, outputs: Any, batch_idx: int) -> str:
@@ -122,6 +132,7 @@ class Progress(RichProgressBar):
             f"loss {float(loss):.4f}" if loss is not None else "",
             f"lr {learning_rate(trainer):.2e}" if trainer.optimizers else "",
             f"{self._throughput.rate():.1f} images/s",
+            f"{format_count(self._throughput.images_seen)} images",
             *(f"{name} {value}" for name, value in _gpu_memory(trainer).items()),
         ]
         return "  ".join(part for part in parts if part)

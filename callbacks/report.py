@@ -15,7 +15,8 @@ from rich.markup import escape
 from torch import Tensor
 
 from effvit.callbacks._curves import draw_curves
-from effvit.callbacks._tables import class_table, format_metric, format_seconds, metrics_table
+from effvit.callbacks._run_folder import SECONDS_BETWEEN_PICTURES, run_folder, spread, whole_file
+from effvit.callbacks._tables import class_table, format_count, format_metric, format_seconds, metrics_table
 from effvit.callbacks._throughput import Throughput, images_in_step, learning_rate
 from effvit.callbacks.drawing import draw_detections, panel_grid
 from effvit.categories import Categories
@@ -24,8 +25,7 @@ from effvit.errors import ConfigError
 if TYPE_CHECKING:
     from PIL import Image
 
-_CURVES = ("AP", "AP50")
-_SECONDS_BETWEEN_CURVES = 20.0
+_CURVES = ("AP", "AP50", "top1", "top5")
 
 
 class RunReport(Callback):
@@ -33,9 +33,10 @@ class RunReport(Callback):
 
     ``predictions.png`` shows ground truth beside prediction on a few validation images, the same ones after every
     validation: they are spread evenly over the validation data. ``curves.png``, written at most every 20 s and at the
-    end, shows loss, AP and learning rate over steps; the history behind it is part of the checkpoint, so a resumed run
-    goes on with the same curves. The table has AP, AP50, AP75, APs, APm and APl (a dash where COCO has nothing to
-    find), and the AP of each class where the task computes it.
+    end, shows loss, AP or accuracy, and learning rate over steps; the history behind it is part of the checkpoint, so a
+    resumed run goes on with the same curves. The table has AP, AP50, AP75, APs, APm and APl (a dash where COCO has
+    nothing to find), and the AP of each class where the task computes it; for a classifier top-1, top-5, loss and
+    calibration error, and the accuracy of each class, or of the worst and the best ten of more than a hundred.
 
     Pictures need a task whose ``validation_step`` returns ``{"detections": [...]}`` (``boxes`` as (x1, y1, x2, y2) in
     pixels of the original image, ``scores``, ``labels``, optionally ``masks`` in the original's size) for a batch
@@ -82,6 +83,7 @@ class RunReport(Callback):
             "loss_sum": float(self._loss_sum),
             "loss_count": self._loss_count,
             "seconds": self._seconds(),
+            "images_seen": self._throughput.images_seen,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -93,6 +95,7 @@ class RunReport(Callback):
         self._loss_sum = float(state_dict["loss_sum"])
         self._loss_count = int(state_dict["loss_count"])
         self._seconds_before = float(state_dict["seconds"])
+        self._throughput.images_seen = int(state_dict.get("images_seen", 0))  # runs of the first release have none
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Starts the clock."""
@@ -144,7 +147,7 @@ class RunReport(Callback):
         categories = getattr(pl_module, "categories", None)
         if found is None or not isinstance(categories, Categories) or len(self._rows) >= self.images:
             return
-        per_batch, batches = _spread(self.images, int(trainer.num_val_batches[0]))
+        per_batch, batches = spread(self.images, int(trainer.num_val_batches[0]))
         if batch_idx not in batches:
             return
         images, targets = batch
@@ -161,16 +164,15 @@ class RunReport(Callback):
         self._evaluations = [entry for entry in self._evaluations if entry[0] != trainer.global_step]
         self._evaluations.append((trainer.global_step, row))
         if trainer.is_global_zero:
-            self._write_predictions(_folder(trainer))
-            # Drawing takes a quarter of a second, which a run of short epochs would feel.
-            if trainer.state.fn == "fit" and time.perf_counter() - self._drawn > _SECONDS_BETWEEN_CURVES:
-                self.write_curves(_folder(trainer))
+            self._write_predictions(run_folder(trainer))
+            if trainer.state.fn == "fit" and time.perf_counter() - self._drawn > SECONDS_BETWEEN_PICTURES:
+                self.write_curves(run_folder(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints what the run achieved and where everything is."""
         if not trainer.is_global_zero:
             return
-        folder = _folder(trainer)
+        folder = run_folder(trainer)
         self.write_curves(folder)
         if self._evaluations:
             step, row = self._evaluations[-1]
@@ -181,6 +183,7 @@ class RunReport(Callback):
             "best checkpoint": _best(trainer) if best else "none",
             "training time": format_seconds(self._seconds()),
             "throughput": f"{self._throughput.mean():.1f} images/s",
+            "images seen": format_count(self._throughput.images_seen),
         }
         _print_lines(lines)
         self._seconds_before, self._started = self._seconds(), time.perf_counter()
@@ -191,7 +194,7 @@ class RunReport(Callback):
         row = _metrics(trainer, prefix) if prefix else {}
         if row and trainer.is_global_zero:
             self._print_metrics(pl_module, row, "Validation" if stage == "validate" else "Test")
-            _print_lines({"run folder": str(_folder(trainer).resolve())})
+            _print_lines({"run folder": str(run_folder(trainer).resolve())})
 
     def write_curves(self, folder: Path) -> None:
         """Writes ``curves.png`` from the history so far, if there is any.
@@ -205,7 +208,6 @@ class RunReport(Callback):
         if not names and self._evaluations:
             names = [name for name in self._evaluations[-1][1] if not name.startswith("ema_")][:4]
         self._drawn = time.perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
         draw_curves(folder / "curves.png", self._steps, self._losses, self._rates, self._evaluations, names)
 
     def _pair(
@@ -238,10 +240,8 @@ class RunReport(Callback):
         titles = ("ground truth", f"prediction, score {self.score_threshold:g} and above")
         sheet = panel_grid(self._rows, titles, pairs_per_row=pairs_per_row)
         self._rows = []
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / "predictions.png.tmp"
-        sheet.save(temporary, format="png")
-        temporary.replace(folder / "predictions.png")
+        with whole_file(folder / "predictions.png") as temporary:
+            sheet.save(temporary, format="png")
 
     def _print_metrics(self, pl_module: LightningModule, row: Mapping[str, float], title: str) -> None:
         console = get_console()
@@ -250,25 +250,12 @@ class RunReport(Callback):
         weights = "" if updates is None else f" ({'averaged' if updates else 'raw'} weights)"
         console.print()
         console.print(metrics_table(shown, title + weights))
-        per_class = _per_class(pl_module)
+        measure, per_class = _per_class(pl_module)
         if per_class:
-            console.print(class_table(per_class))
+            console.print(class_table(per_class, measure))
 
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
-
-
-def _spread(wanted: int, batches: int) -> tuple[int, set[int]]:
-    """Images to take from each chosen batch, and the batches, evenly over the loader."""
-    if wanted == 0 or batches == 0:
-        return 0, set()
-    per_batch = -(-wanted // batches)
-    count = -(-wanted // per_batch)
-    return per_batch, {index * batches // count for index in range(count)}
-
-
-def _folder(trainer: Trainer) -> Path:
-    return Path(trainer.default_root_dir)
 
 
 def _metrics(trainer: Trainer, prefix: str) -> dict[str, float]:
@@ -286,14 +273,20 @@ def _masks(objects: Mapping[str, Any], height: int, width: int) -> Tensor | None
     return masks[:, 0] > 0.5
 
 
-def _per_class(pl_module: LightningModule) -> dict[str, float]:
-    """AP by class name, from the ``result.per_class["bbox"]`` (AP by category id) of a detection task."""
+def _per_class(pl_module: LightningModule) -> tuple[str, list[tuple[str, float]]]:
+    """A metric's name, and pairs of a class name and its value.
+
+    They come from ``result.per_class`` of the task: ``{"bbox": AP by category id}`` of a detector, accuracy by label of
+    a classifier.
+    """
     found = getattr(getattr(pl_module, "result", None), "per_class", None)
     categories = getattr(pl_module, "categories", None)
     if not isinstance(found, Mapping) or not isinstance(categories, Categories):
-        return {}
+        return "", []
+    if hasattr(pl_module.result, "confusion"):
+        return "accuracy", [(categories.names[label], float(value)) for label, value in found.items()]
     names = categories.to_dict()
-    return {names[category_id]: float(value) for category_id, value in found.get("bbox", {}).items()}
+    return "AP", [(names[category_id], float(value)) for category_id, value in found.get("bbox", {}).items()]
 
 
 def _best(trainer: Trainer) -> str:

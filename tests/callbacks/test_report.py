@@ -15,8 +15,8 @@ from PIL import Image
 
 from effvit.callbacks import Progress, RunReport
 from effvit.callbacks._curves import draw_curves, smooth
+from effvit.callbacks._run_folder import spread
 from effvit.callbacks._tables import format_metric, format_seconds
-from effvit.callbacks.report import _spread
 from effvit.categories import Categories
 from effvit.errors import ConfigError
 
@@ -118,7 +118,7 @@ def test_same_images_after_every_validation(tmp_path: Path) -> None:
     [(4, 8, (1, {0, 2, 4, 6})), (4, 2, (2, {0, 1})), (3, 2, (2, {0, 1})), (1, 5, (1, {0})), (0, 5, (0, set()))],
 )
 def test_images_are_spread_over_the_validation_data(wanted: int, batches: int, expected: tuple[int, set[int]]) -> None:
-    assert _spread(wanted, batches) == expected
+    assert spread(wanted, batches) == expected
 
 
 def test_history_is_the_mean_loss_between_points(tmp_path: Path) -> None:
@@ -203,7 +203,9 @@ def test_plain_lines_where_the_output_is_no_terminal(tmp_path: Path, capsys: pyt
     assert "\r" not in text
     lines = [line for line in text.splitlines() if line.startswith("epoch")]
     assert len(lines) == 4
-    assert re.fullmatch(r"epoch 2/4  batch 7/7  step 14  loss \d+\.\d{4}  lr \S+  \d+\.\d images/s", lines[1])
+    assert re.fullmatch(
+        r"epoch 2/4  batch 7/7  step 14  loss \d+\.\d{4}  lr \S+  \d+\.\d images/s  112 images", lines[1]
+    )
     assert len(re.findall(r"^validation  step \d+  AP 0\.\d{4}", text, re.MULTILINE)) == 4
 
 
@@ -226,6 +228,7 @@ def test_bar_in_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert "\x1b" in text
     assert re.search(r"loss: \d", text)
     assert re.search(r"images/s: \d", text)
+    assert re.search(r"images: \d+", text)
     assert "v_num" not in text
     assert not re.search(r"^epoch 1/4", text, re.MULTILINE)
 
