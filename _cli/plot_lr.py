@@ -150,9 +150,9 @@ def _steps_per_epoch(config: dict[str, Any], data: dict[str, Any], batch: int) -
     if not images:
         return None
     if sizes := data.get("multi_scale"):
-        base = int(data.get("image_size") or 256)
-        mean = sum(base * base * batch // (size * size) for size in sizes) / len(sizes)
-        return math.ceil(images / mean)
+        area, own = int(data["image_size"]) ** 2, int(data["batch_size"])
+        mean = sum(area * own // size**2 for size in sizes) / len(sizes)
+        return math.ceil(images / (mean * batch / own))
     order = SquareBatches(images, batch, 1, repeats=int(data.get("repeats", 1)), seed=0, ranks=(1, 0))
     return len(order)
 
@@ -285,7 +285,7 @@ def _draw(curve: Curve, output: Path) -> None:
         steps = curve.steps_per_epoch
         for corner in curve.corners:
             at = corner.epoch if corner.step is None or not steps else corner.step / steps
-            axes.plot(at, corner.rates[index], "o", color="#1d7ad6", markersize=4)
+            axes.plot(at, corner.rates[index], "o", color="#1d7ad6", markersize=4, clip_on=False)
         axes.set_xlabel("epoch")
         axes.set_title("learning rate" + ("" if kinds == 1 else f", {kind} parameters"), loc="left", fontsize=10)
         axes.set_ylim(bottom=0)
