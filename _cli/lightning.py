@@ -23,9 +23,10 @@ from effvit._cli.launch import INPUT_SETTINGS, OWN_OPTIONS, Run
 from effvit._cli.parser import Parser
 from effvit.callbacks import EMA, Progress, RunCheckpoint, RunReport
 from effvit.categories import Categories
-from effvit.datamodules import CocoDetection, HandwrittenDigits, ImageFiles
+from effvit import datamodules
 from effvit.errors import CheckpointError, ConfigError, EffvitError
-from effvit.tasks import Task
+from effvit.tasks import Classification, Detection, Task
+from effvit.tasks.schedules import WarmupCosine
 
 log = logging.getLogger("effvit")
 
@@ -39,7 +40,7 @@ _EXPECTED_WARNINGS = (
 )
 
 # A configuration may name these without their module, since jsonargparse looks through the classes imported so far.
-_NAMED = (CocoDetection, HandwrittenDigits, ImageFiles)
+_NAMED = (Classification, Detection, WarmupCosine, *(getattr(datamodules, name) for name in datamodules.__all__))
 
 
 class RunConfig(SaveConfigCallback):
