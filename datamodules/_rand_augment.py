@@ -117,20 +117,17 @@ def rand_augment_timm(
     return image
 
 
-def rand_augment_torchvision(
-    image: Pixels, random: np.random.Generator, interpolation: Interpolation, magnitude: float, num_ops: int
-) -> Pixels:
-    """RandAugment as in torchvision, ``RandAugment(num_ops, magnitude, num_magnitude_bins=31)``.
+def rand_augment_torchvision(image: Pixels, random: np.random.Generator, magnitude: float, num_ops: int) -> Pixels:
+    """RandAugment as in torchvision, ``RandAugment(num_ops, magnitude)``: 31 magnitudes, nearest-pixel sampling.
 
     Args:
         image: ``(H, W, 3)``.
         random: Where random numbers come from.
-        interpolation: That of rotation, shear and shift.
         magnitude: 0…30.
         num_ops: How many operations are drawn, with replacement; all are applied.
     """
     for number in random.integers(len(_TORCHVISION_ENTRIES), size=num_ops):
-        image = _apply(_TORCHVISION_ENTRIES[number], image, magnitude / 30, random, interpolation, _BLACK)
+        image = _apply(_TORCHVISION_ENTRIES[number], image, magnitude / 30, random, "nearest", _BLACK)
     return image
 
 

@@ -95,8 +95,8 @@ def train_transform(augmentation: Augmentation, interpolation: Interpolation) ->
 
     Args:
         augmentation: What to do.
-        interpolation: That of the resized crop, antialiased as Pillow's, and of what RandAugment rotates, shears and
-            shifts (timm hands it on in the same way).
+        interpolation: That of the resized crop, antialiased as Pillow's, and of what timm's RandAugment rotates, shears
+            and shifts (timm hands it on in the same way).
 
     Returns:
         Function of an image ``(H, W, 3)``, a random generator and a size, to the image ``(size, size, 3)``.
@@ -155,9 +155,7 @@ def _apply_policy(
             image, random, interpolation, augmentation.magnitude, augmentation.magnitude_std, augmentation.num_ops
         )
     if augmentation.policy == "rand_augment_torchvision":
-        return policies.rand_augment_torchvision(
-            image, random, interpolation, augmentation.magnitude, augmentation.num_ops
-        )
+        return policies.rand_augment_torchvision(image, random, augmentation.magnitude, augmentation.num_ops)
     return policies.three_augment(image, random) if augmentation.policy == "three_augment" else image
 
 
