@@ -80,7 +80,7 @@ def _decode(data: bytes) -> tuple[torch.Tensor, int]:
             if components not in {1, 3}:
                 return _from_pil(image), orientation
     # OpenCV before version 5 fills a truncated picture with grey and says nothing.
-    if data.find(_JPEG_END, scan) < 0:
+    if data.rfind(_JPEG_END, scan) < 0:
         raise ValueError("the JPEG data end before the end-of-image marker")
     pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
     if pixels is None:
