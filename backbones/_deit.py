@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effvit.backbones._layers import gelu
+from effvit.backbones._layers import DropPath, gelu
 from effvit.backbones._windows import TableOfShape, side_of
 
 PATCH = 16
@@ -77,14 +77,21 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Transformer block: attention and feed-forward, each on normalised tokens and residual."""
+    """Transformer block: attention and feed-forward, each on normalised tokens and residual.
 
-    def __init__(self, channels: int, heads: int) -> None:
+    Args:
+        channels: Length of a token.
+        heads: Attention heads.
+        drop_path: Share of samples that skip a branch in training.
+    """
+
+    def __init__(self, channels: int, heads: int, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels, eps=1e-6)
         self.attn = Attention(channels, heads)
         self.norm2 = nn.LayerNorm(channels, eps=1e-6)
         self.mlp = Mlp(channels)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """Mixes.
@@ -96,8 +103,8 @@ class Block(nn.Module):
         Returns:
             The same shape.
         """
-        x = x + self.attn(self.norm1(x), keep)
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x), keep))
+        out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
         return out
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effvit.backbones._windows import is_recording
+from effvit.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -138,6 +139,30 @@ class LayerScale(nn.Module):
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         """``x + gamma * branch`` of maps ``(B, C, H, W)`` or tokens ``(B, N, C)``."""
         return torch.addcmul(x, branch, self.gamma[:, None, None] if x.ndim == 4 else self.gamma)
+
+
+def check_rate(name: str, rate: object) -> None:
+    """Refuses what is not the rate of a dropout.
+
+    Args:
+        name: The option.
+        rate: Its value.
+
+    Raises:
+        ConfigError: `rate` is no number in ``[0, 1)``.
+    """
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+        raise ConfigError(f"{name} must be a number of at least 0 and below 1, got {rate!r}")
+
+
+def drop_paths(rate: float, blocks: int) -> list[float]:
+    """The rate of each block's `DropPath`, from 0 linearly to `rate` for the last.
+
+    Raises:
+        ConfigError: `rate` is no number in ``[0, 1)``.
+    """
+    check_rate("drop_path_rate", rate)
+    return [rate * block / max(blocks - 1, 1) for block in range(blocks)]
 
 
 class DropPath(nn.Module):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from effvit.backbones._contract import Backbone, FeatureMap, VariantInfo
 from effvit.backbones._deit import PATCH, Block, PatchEmbed, PositionEmbedding, resize_position_embedding
 from effvit.backbones._dynamicvit_fused import FusedBlock, FusedScorePredictor
-from effvit.backbones._layers import make_head
+from effvit.backbones._layers import drop_paths, make_head
 from effvit.backbones._registry import register
 from effvit.backbones._windows import side_of
 from effvit.errors import ConfigError
@@ -143,14 +143,16 @@ class DynamicViT(Backbone):
     Args:
         variant: Its row of the table.
         keep_ratio: Share of the tokens that each predictor lets pass, in (0, 1]; 1 is DeiT, without predictors.
+        drop_path_rate: Share of samples that skip a branch of the last block in training; it grows linearly from 0.
+            The authors train DeiT-B with 0.2 and the others without.
 
     Raises:
-        ConfigError: `keep_ratio` is out of range.
+        ConfigError: `keep_ratio` or `drop_path_rate` is out of range.
     """
 
     fresh_allowed = ("score_predictor.",)
 
-    def __init__(self, variant: DynamicViTVariant, *, keep_ratio: float = 0.7) -> None:
+    def __init__(self, variant: DynamicViTVariant, *, keep_ratio: float = 0.7, drop_path_rate: float = 0.0) -> None:
         super().__init__()
         if not isinstance(keep_ratio, (int, float)) or not 0 < keep_ratio <= 1:
             raise ConfigError(f"keep_ratio of {variant.name} is a number above 0 and at most 1, not {keep_ratio!r}")
@@ -161,7 +163,9 @@ class DynamicViT(Backbone):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, channels))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + GRID * GRID, channels))
         self.patch_embed = PatchEmbed(channels)
-        self.blocks = nn.ModuleList(Block(channels, variant.heads) for _ in range(DEPTH))
+        self.blocks = nn.ModuleList(
+            Block(channels, variant.heads, drop_path) for drop_path in drop_paths(drop_path_rate, DEPTH)
+        )
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         stages = len(PRUNE_BEFORE) if keep_ratio < 1 else 0
         self.score_predictor = nn.ModuleList(ScorePredictor(channels) for _ in range(stages))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -29,7 +30,16 @@ from torch import Tensor, nn
 from effvit.backbones._contract import FeatureMap, VariantInfo
 from effvit.backbones._deit import Mlp
 from effvit.backbones._efficientformer_fused import FusedAttentionBlock, FusedDownsample, FusedPoolBlock, FusedStem
-from effvit.backbones._layers import LayerScale, attend, convolve_pointwise, gelu, layers_of, split_heads
+from effvit.backbones._layers import (
+    DropPath,
+    LayerScale,
+    attend,
+    convolve_pointwise,
+    drop_paths,
+    gelu,
+    layers_of,
+    split_heads,
+)
 from effvit.backbones._registry import register
 from effvit.backbones._snap import DENSE_TABLE, HEADS, ORIGIN, PAGE, BiasTable, SnapNetwork
 
@@ -57,18 +67,25 @@ class ConvMlp(nn.Module):
 
 
 class PoolBlock(nn.Module):
-    """The paper's 4D block: mixes neighbours by their mean, then channels by an MLP."""
+    """The paper's 4D block: mixes neighbours by their mean, then channels by an MLP.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: Channels in and out.
+        drop_path: Share of samples that skip a branch in training.
+    """
+
+    def __init__(self, channels: int, drop_path: float) -> None:
         super().__init__()
         self.ls1 = LayerScale(channels)
         self.mlp = ConvMlp(channels)
         self.ls2 = LayerScale(channels)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same."""
-        x = self.ls1(x, F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False) - x)
-        out: Tensor = self.ls2(x, self.mlp(x))
+        mixed = F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False) - x
+        x = self.ls1(x, self.drop_path(mixed))
+        out: Tensor = self.ls2(x, self.drop_path(self.mlp(x)))
         return out
 
 
@@ -106,9 +123,15 @@ class Attention(BiasTable):
 
 
 class AttentionBlock(nn.Module):
-    """The paper's 3D block: attention and MLP over the cells of a map, as in any vision transformer."""
+    """The paper's 3D block: attention and MLP over the cells of a map, as in any vision transformer.
 
-    def __init__(self, channels: int, official_grid: int | None) -> None:
+    Args:
+        channels: Channels in and out.
+        official_grid: See `EfficientFormer`.
+        drop_path: Share of samples that skip a branch in training.
+    """
+
+    def __init__(self, channels: int, official_grid: int | None, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.token_mixer = Attention(channels, official_grid)
@@ -116,13 +139,14 @@ class AttentionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels)
         self.ls2 = LayerScale(channels)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same, in channels-last memory."""
         height, width = x.shape[2:]
         tokens = x.permute(0, 2, 3, 1).flatten(1, 2)
-        tokens = self.ls1(tokens, self.token_mixer(self.norm1(tokens), height, width))
-        out: Tensor = self.ls2(tokens, self.mlp(self.norm2(tokens)))
+        tokens = self.ls1(tokens, self.drop_path(self.token_mixer(self.norm1(tokens), height, width)))
+        out: Tensor = self.ls2(tokens, self.drop_path(self.mlp(self.norm2(tokens))))
         return out.view(-1, height, width, x.shape[1]).permute(0, 3, 1, 2)
 
 
@@ -146,21 +170,27 @@ class Stage(nn.Module):
     Args:
         downsample: What comes first.
         channels: Width.
-        depth: Blocks.
+        rates: For each block, the share of samples that skip a branch in training.
         attention: How many of the last blocks attend.
         official_grid: See `EfficientFormer`.
     """
 
     def __init__(
-        self, downsample: nn.Module, channels: int, depth: int, attention: int, official_grid: int | None
+        self,
+        downsample: nn.Module,
+        channels: int,
+        rates: Sequence[float],
+        attention: int,
+        official_grid: int | None,
     ) -> None:
         super().__init__()
         self.downsample = downsample
-        blocks: list[nn.Module] = [PoolBlock(channels) for _ in range(depth - attention)]
+        pooling = len(rates) - attention
+        blocks: list[nn.Module] = [PoolBlock(channels, rate) for rate in rates[:pooling]]
         if attention:
             # In the published networks the map is flattened here, and that step counts in the names.
             blocks.append(nn.Identity())
-        blocks += [AttentionBlock(channels, official_grid) for _ in range(attention)]
+        blocks += [AttentionBlock(channels, official_grid, rate) for rate in rates[pooling:]]
         self.blocks = nn.Sequential(*blocks)
 
 
@@ -206,21 +236,27 @@ class EfficientFormer(SnapNetwork):
         official_grid: Builds the network as Snap's detectors (25) and segmenters (16) have it: bias tables that start
             at zero, are learned for a square grid of this side and stretched to the map, and a GroupNorm on each
             output. `embed` reads the last stage before that norm. A classifier's file fills the rest.
+        drop_path_rate: Share of samples that skip a branch of the last block in training; it grows linearly from 0.
+            The published networks were trained without.
 
     Raises:
-        ConfigError: `official_grid` is no int of at least 1.
+        ConfigError: `official_grid` is no int of at least 1, or `drop_path_rate` not in ``[0, 1)``.
     """
 
-    def __init__(self, variant: EfficientFormerVariant, *, official_grid: int | None = None) -> None:
+    def __init__(
+        self, variant: EfficientFormerVariant, *, official_grid: int | None = None, drop_path_rate: float = 0.0
+    ) -> None:
         super().__init__(official_grid)
         self.info = variant if official_grid is None else _with_grid(variant, official_grid)
         self.stem = Stem(variant.channels[0])
         stages: list[nn.Module] = []
+        rates = drop_paths(drop_path_rate, sum(variant.depth))
         before = 0
         for channels, depth in zip(variant.channels, variant.depth, strict=True):
             downsample = Downsample(before, channels) if stages else nn.Identity()
             attention = variant.attention if len(stages) == 3 else 0
-            stages.append(Stage(downsample, channels, depth, attention, official_grid))
+            stages.append(Stage(downsample, channels, rates[:depth], attention, official_grid))
+            rates = rates[depth:]
             before = channels
         self.stages = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(before)

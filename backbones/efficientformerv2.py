@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from effvit.backbones._contract import FeatureMap, VariantInfo
 from effvit.backbones._efficientformerv2_fused import FusedNorm, FusedStem, fused_blocks, fused_downsample
 from effvit.backbones._efficientformerv2_heads import add_attended, map_to_heads, mix_heads, score
-from effvit.backbones._layers import ConvNorm, DropPath, LayerScale, Stage, gelu, layers_of
+from effvit.backbones._layers import ConvNorm, DropPath, LayerScale, Stage, drop_paths, gelu, layers_of
 from effvit.backbones._registry import register
 from effvit.backbones._snap import DENSE_TABLE, HEADS, ORIGIN, PAGE, BiasTable, SnapNetwork
 
@@ -223,17 +223,26 @@ class EfficientFormerV2(SnapNetwork):
         official_grid: Side of the map of stride 32 for which Snap's dense files make their bias tables: 25 for their
             detectors (images of 800x800), 16 for their segmentation (512x512). By default the tables are the
             classifier's.
+        drop_path_rate: Share of samples that skip a branch of the last block in training; it grows linearly from 0.
+            By default as published.
 
     Raises:
-        ConfigError: `official_grid` is no int of at least 1.
+        ConfigError: `official_grid` is no int of at least 1, or `drop_path_rate` not in ``[0, 1)``.
     """
 
-    def __init__(self, variant: EfficientFormerV2Variant, *, official_grid: int | None = None) -> None:
+    def __init__(
+        self,
+        variant: EfficientFormerV2Variant,
+        *,
+        official_grid: int | None = None,
+        drop_path_rate: float | None = None,
+    ) -> None:
         super().__init__(official_grid)
         official, grid = official_grid is not None, official_grid or GRID
         self.stem = Stem(variant.channels[0])
         stages = []
-        drop_paths = iter(torch.linspace(0, variant.drop_path, sum(map(len, variant.ratios)), device="cpu").tolist())
+        rate = variant.drop_path if drop_path_rate is None else drop_path_rate
+        rates = iter(drop_paths(rate, sum(map(len, variant.ratios))))
         before = 0
         for position, (channels, ratios) in enumerate(zip(variant.channels, variant.ratios, strict=True)):
             downsample: nn.Module = nn.Identity()
@@ -246,7 +255,7 @@ class EfficientFormerV2(SnapNetwork):
             for index, ratio in enumerate(ratios):
                 mixes = position >= 2 and index >= len(ratios) - variant.attentions
                 mixer = Attention(channels, halved=position == 2, grid=grid, official=official) if mixes else None
-                blocks.append(Block(channels, ratio, mixer, next(drop_paths)))
+                blocks.append(Block(channels, ratio, mixer, next(rates)))
             stages.append(Stage(downsample, blocks))
             before = channels
         self.stages = nn.ModuleList(stages)

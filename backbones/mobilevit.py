@@ -9,7 +9,8 @@ Parameters carry timm's names (``mobilevit_*``), and the outputs are timm's and 
   convolution of the classifier (``final_conv``); timm's features are taken behind it.
 * The two pointwise convolutions around the transformer work on its tokens, so that cells are sorted while there are
   fewer channels; a resize of an odd map commutes with them.
-* No dropout (Apple trains with 0.1 in the transformer and before the classifier), as in timm.
+* No dropout unless asked for, as in timm. Apple trains with ``dropout`` of 0.05 (XXS) or 0.1 in the transformer and
+  ``classifier_dropout`` of 0.1 (``config/classification/mobilevit_*.yaml`` of version 0.1).
 
 Colours: the weights were trained by version 0.1 of CVNets, whose loader reads images with OpenCV and keeps BGR, scaled
 to [0, 1] and not normalised (``data/datasets/dataset_base.py`` at commit d38a116). So the first convolution of a file
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from effvit.backbones._cvnets import LICENCE, ORIGIN, PAGE, ChannelOrder, CVNet, CVNetVariant, eval_spec, initialise
 from effvit.backbones._cvnets_fused import FusedPointwise
 from effvit.backbones._cvnets_patches import cut_patches, even, merge_patches, resize
-from effvit.backbones._layers import ConvNorm
+from effvit.backbones._layers import ConvNorm, check_rate
 from effvit.backbones._mobilevit_fused import FusedMobileViTBlock
 from effvit.backbones._registry import register
 
@@ -74,7 +75,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention and feed-forward, each normalised first and residual."""
+    """Attention and feed-forward, each normalised first, residual, and with dropout at its end, which starts at 0."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -82,11 +83,12 @@ class TransformerLayer(nn.Module):
         self.attn = Attention(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = FeedForward(dim)
+        self.dropout = nn.Dropout(0.0)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """``(sequences, N, dim)`` to the same."""
-        tokens = tokens + self.attn(self.norm1(tokens))
-        out: Tensor = tokens + self.mlp(self.norm2(tokens))
+        tokens = tokens + self.dropout(self.attn(self.norm1(tokens)))
+        out: Tensor = tokens + self.dropout(self.mlp(self.norm2(tokens)))
         return out
 
 
@@ -138,14 +140,37 @@ class MobileViTVariant(CVNetVariant):
 
 
 class MobileViT(CVNet):
-    """The network; see ``CVNet`` for maps and arguments."""
+    """The network; see ``CVNet`` for maps.
+
+    Args:
+        variant: Its row of the table.
+        channel_order: See ``CVNet``.
+        dropout: Share of the values that are zero in training at the end of each attention and each feed-forward.
+        classifier_dropout: The same of what the classifier reads.
+
+    Raises:
+        ConfigError: `channel_order` is unknown, or a dropout not in ``[0, 1)``.
+    """
 
     input_spec = eval_spec("bilinear")
     embed_only = ("final_conv.",)
     published_order: ClassVar[ChannelOrder] = "bgr"
 
-    def __init__(self, variant: MobileViTVariant, *, channel_order: ChannelOrder = "auto") -> None:
+    def __init__(
+        self,
+        variant: MobileViTVariant,
+        *,
+        channel_order: ChannelOrder = "auto",
+        dropout: float = 0.0,
+        classifier_dropout: float = 0.0,
+    ) -> None:
         super().__init__(variant, channel_order=channel_order)
+        check_rate("dropout", dropout)
+        check_rate("classifier_dropout", classifier_dropout)
+        for module in self.modules():
+            if isinstance(module, TransformerLayer):
+                module.dropout.p = dropout
+        self.classifier_dropout = classifier_dropout
         self.num_features = variant.num_features
         self.final_conv: nn.Module = ConvNorm(variant.channels[-1], variant.num_features)
         initialise(self)
@@ -155,9 +180,10 @@ class MobileViT(CVNet):
         return MobileViTBlock(channels, dim, depth)
 
     def embed(self, images: Tensor) -> Tensor:
-        """The mean over the expanded ``"c5"``, ``(B, num_features)``."""
+        """The mean over the expanded ``"c5"``, ``(B, num_features)``, after the classifier's dropout in training."""
         last = self.stage_outputs(images)[-1]
-        return F.silu(self.final_conv(last), inplace=True).mean((2, 3))
+        mean = F.silu(self.final_conv(last), inplace=True).mean((2, 3))
+        return F.dropout(mean, self.classifier_dropout, self.training)
 
     def fuse(self) -> MobileViT:
         """See ``Backbone.fuse``."""
