@@ -1,20 +1,25 @@
 """Lightning callbacks, each usable without the others."""
 
 from effvit.callbacks.checkpoints import RunCheckpoint
-from effvit.callbacks.drawing import class_colour, draw_detections, panel_grid
+from effvit.callbacks.classification import ClassificationReport
+from effvit.callbacks.drawing import captioned, class_colour, draw_detections, draw_kept_patches, panel_grid
 from effvit.callbacks.ema import EMA, select_weights
-from effvit.callbacks.predictions import PredictionWriter
+from effvit.callbacks.predictions import ClassificationWriter, PredictionWriter
 from effvit.callbacks.progress import Progress
 from effvit.callbacks.report import RunReport
 
 __all__ = [
     "EMA",
+    "ClassificationReport",
+    "ClassificationWriter",
     "PredictionWriter",
     "Progress",
     "RunCheckpoint",
     "RunReport",
+    "captioned",
     "class_colour",
     "draw_detections",
+    "draw_kept_patches",
     "panel_grid",
     "select_weights",
 ]

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 
 from effvit.callbacks._confusion import draw_confusion
+from effvit.callbacks._patches import drops_patches, kept_patches
 from effvit.callbacks._run_folder import SECONDS_BETWEEN_PICTURES, run_folder, spread, whole_file
 from effvit.callbacks.drawing import captioned, draw_kept_patches, panel_grid
 from effvit.errors import ConfigError, DatasetError
@@ -164,28 +165,6 @@ class ClassificationReport(Callback):
         images = torch.stack([image for image, _ in self._seen])
         stages = zip(*(decisions for _, decisions in self._seen), strict=True)
         return draw_kept_patches(images, [torch.stack(kept) for kept in stages], self._grid)
-
-
-def drops_patches(pl_module: LightningModule) -> bool:
-    """Whether the network of a task leaves patches out on its way, as DynamicViT with a keep ratio below 1 does."""
-    backbone = getattr(getattr(pl_module, "network", None), "backbone", None)
-    return hasattr(backbone, "forward_tokens") and getattr(backbone, "keep_ratio", 1.0) < 1
-
-
-def kept_patches(pl_module: LightningModule, images: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[int, int]]:
-    """Which patches of some images the network of a task keeps.
-
-    Args:
-        pl_module: A task for which `drops_patches` holds, in eval mode; its ``prepare((images, targets))`` normalises.
-        images: uint8 ``(B, 3, H, W)``.
-
-    Returns:
-        The images, for each stage the decisions ``(B, N)``, and rows and columns of the grid; all on the CPU.
-    """
-    module = cast("Any", pl_module)
-    with torch.no_grad():
-        found = module.network.backbone.forward_tokens(module.prepare((images, {})))
-    return images.cpu(), tuple(kept.cpu() for kept in found.decisions), found.grid
 
 
 def _write_classes(path: Path, confusion: Tensor, accuracies: dict[int, float], names: Sequence[str]) -> None:
