@@ -27,6 +27,8 @@ from torchvision.transforms.v2 import functional as F
 
 from effvit.datamodules import _augment_ops as ops
 from effvit.datamodules._decode import read_image
+from effvit.datamodules._image_samples import TrainImages, collate
+from effvit.datamodules._image_sources import FileImages
 from effvit.datamodules._rand_augment import TORCHVISION
 from effvit.datamodules.augmentation import Augmentation, Policy, train_transform
 
@@ -82,17 +84,15 @@ def peer(files: list[Path], *, augment: bool, interpolation: str) -> Callable[[]
 def ours(
     files: list[Path], *, policy: Policy, interpolation: str, normalise: bool = False
 ) -> Callable[[], torch.Tensor]:
-    """Our reader and transform; each call makes one batch."""
+    """Our pipeline, through the data set and the collation of every classification set; each call makes one batch."""
+    source = FileImages(files[0].parent, [path.name for path in files], [0] * len(files))
     transform = train_transform(Augmentation(policy=policy, magnitude=MAGNITUDE), interpolation)
-    turn = itertools.cycle(enumerate(files))
+    dataset = TrainImages(source, transform, seed=0, skip=False)
+    keys = ((epoch, index, 0, SIZE) for epoch in itertools.count() for index in range(len(files)))
     mean, std = (torch.tensor(values).mul(255).view(3, 1, 1) for values in (MEAN, STD))
 
-    def read(number: int, path: Path) -> torch.Tensor:
-        image = read_image(path).permute(1, 2, 0).numpy()
-        return torch.from_numpy(transform(image, np.random.default_rng((0, 0, number)), SIZE))
-
     def batch() -> torch.Tensor:
-        images = torch.stack([read(*next(turn)) for _ in range(BATCH)]).permute(0, 3, 1, 2)
+        images, _ = collate([dataset[next(keys)] for _ in range(BATCH)])
         return images.float().sub_(mean).div_(std) if normalise else images
 
     return batch

@@ -105,9 +105,10 @@ def train_transform(augmentation: Augmentation, interpolation: Interpolation) ->
 
     def transform(image: Pixels, random: np.random.Generator, size: int) -> Pixels:
         top, left, height, width = draw_crop(image.shape[0], image.shape[1], augmentation, random)
-        image = ops.resize(image[top : top + height, left : left + width], size, interpolation)
-        if random.random() < augmentation.flip:
+        image = image[top : top + height, left : left + width]
+        if random.random() < augmentation.flip:  # before the resize, as flipping a window copies it anyway
             image = ops.flip(image)
+        image = ops.resize(image, size, interpolation)
         image = _apply_policy(augmentation, image, random, interpolation)
         if augmentation.color_jitter > 0:
             image = policies.color_jitter(image, random, augmentation.color_jitter)
