@@ -84,6 +84,8 @@ def launch(verb: str, words: Sequence[str]) -> int:
     own, rest = _own_options(verb).parse_known_args(list(words))
     allocator = tune_allocator(own.allocator)
     source: str | None = getattr(own, "checkpoint", None) or getattr(own, "resume", None)
+    if own.base is not None:
+        raise ConfigError(f"base belongs into a configuration file; on the command line write -c {own.base}")
     configs = [find_config(name) for name in own.config]
     if not configs and source is None and not {"-h", "--help"} & set(rest):
         flag = "--resume" if verb == "fit" else "--checkpoint"
@@ -123,6 +125,7 @@ def start(run: Run) -> int:
 def _own_options(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"effvit {verb}", add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument("--base")
     parser.add_argument("--run_dir")
     parser.add_argument("--allocator", choices=("tuned", "default"), default="tuned")
     parser.add_argument("--resume" if verb == "fit" else "--checkpoint")
