@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
-from effvit.errors import ConfigError
+from effvit.errors import ConfigError, DatasetError
 
 _SPLITS = ("train", "val", "test")
+
+
+class _Report(Protocol):
+    @property
+    def ok(self) -> bool: ...
 
 
 def check_data(words: Sequence[str]) -> int:
@@ -21,30 +27,72 @@ def check_data(words: Sequence[str]) -> int:
         0 if every split is sound, 1 if there are faults.
     """
     own = _parser().parse_args(list(words))
-    from effvit.datamodules import inspect_coco
-
-    faults = 0
-    for number, (json_file, images) in enumerate(_files(own)):
-        report = inspect_coco(json_file, images, decode_images=not own.skip_images)
+    sound = True
+    for number, report in enumerate(_reports(own)):
         print(("\n" if number else "") + str(report))
-        faults += len(report.faults)
-    return 1 if faults else 0
+        sound = sound and report.ok
+    return 0 if sound else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="effvit check-data",
-        description="Find every fault of a data set in COCO format; exits with 1 if there is one.",
+        description="Find every fault of a data set, in COCO format or with a folder per class; exits with 1 if there "
+        "is one.",
         allow_abbrev=False,
     )
-    parser.add_argument("root", help="folder of the data set, or an annotation file")
+    parser.add_argument("root", help="folder of the data set, or a COCO annotation file")
     parser.add_argument("--images", help="image folder, where root is an annotation file")
     parser.add_argument("--split", choices=_SPLITS, nargs="+", help="splits to check (default: all that are there)")
-    parser.add_argument("--skip_images", action="store_true", help="check the annotations only, open no image file")
+    parser.add_argument(
+        "--skip_images",
+        action="store_true",
+        help="open no image file: check annotations or folders only (no damaged files, no duplicates)",
+    )
     return parser
 
 
-def _files(own: argparse.Namespace) -> list[tuple[Path, Path]]:
+def _reports(own: argparse.Namespace) -> Sequence[_Report]:
+    """One report for each split in COCO format, or one of all class folders."""
+    from effvit.datamodules import inspect_coco
+
+    if _has_class_folders(Path(own.root)):
+        from effvit.datamodules import inspect_image_folder
+
+        if own.images is not None:
+            raise ConfigError(f"--images goes with a COCO annotation file, and {own.root} holds class folders")
+        return [inspect_image_folder(own.root, own.split, decode_images=not own.skip_images)]
+    decode = not own.skip_images
+    return [inspect_coco(json_file, images, decode_images=decode) for json_file, images in _coco_files(own)]
+
+
+def _has_class_folders(root: Path) -> bool:
+    """Tells the two formats apart: annotations make it COCO, images in folders a classification set.
+
+    Raises:
+        DatasetError: The folder is neither.
+    """
+    from effvit.datamodules import has_split
+    from effvit.datamodules.image_inspection import has_class_folders
+
+    if not root.is_dir() or any(has_split(root, split) for split in _SPLITS):
+        return False
+    if (root / "annotations").is_dir():
+        return False
+    # A plain tree beside a JSON may be anything, such as images and masks.
+    if ((root / "train").is_dir() or not any(root.glob("*.json"))) and has_class_folders(root):
+        return True
+    inside = sorted(entry.name for entry in root.iterdir())
+    raise DatasetError(
+        f"{root} is no data set that can be checked. Looked for\n"
+        "  COCO annotations: annotations/instances_train2017.json, annotations/instances_train.json, "
+        "train/_annotations.coco.json, and the same of val and test\n"
+        "  class folders: train/<class>/<image>, or <class>/<image>\n"
+        f"There is: {', '.join(inside[:12]) or 'nothing'}"
+    )
+
+
+def _coco_files(own: argparse.Namespace) -> list[tuple[Path, Path]]:
     """Annotation file and image folder of each split to check."""
     from effvit.datamodules import find_split, has_split
 

@@ -10,35 +10,54 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effvit.datamodules._layout import find_split, has_split
+    from effvit.datamodules.augmentation import Augmentation
     from effvit.datamodules.coco import CocoDetection
     from effvit.datamodules.digit_images import DigitImages
     from effvit.datamodules.digits import HandwrittenDigits
     from effvit.datamodules.image_folder import ImageFolder
-    from effvit.datamodules.images import ImageFiles
+    from effvit.datamodules.image_inspection import ImageFolderReport, inspect_image_folder
+    from effvit.datamodules.image_shards import ImageShards
+    from effvit.datamodules.imagenet import ImageNet
+    from effvit.datamodules.images import ClassifiedFiles, ImageFiles
     from effvit.datamodules.inspection import DatasetReport, inspect_coco
+    from effvit.datamodules.transfer import Transfer
 
 __all__ = [
+    "Augmentation",
+    "ClassifiedFiles",
     "CocoDetection",
     "DatasetReport",
     "DigitImages",
     "HandwrittenDigits",
     "ImageFiles",
     "ImageFolder",
+    "ImageFolderReport",
+    "ImageNet",
+    "ImageShards",
+    "Transfer",
     "find_split",
     "has_split",
     "inspect_coco",
+    "inspect_image_folder",
 ]
 
 _HOMES = {
+    "Augmentation": "augmentation",
+    "ClassifiedFiles": "images",
     "CocoDetection": "coco",
     "DatasetReport": "inspection",
     "DigitImages": "digit_images",
     "HandwrittenDigits": "digits",
     "ImageFiles": "images",
     "ImageFolder": "image_folder",
+    "ImageFolderReport": "image_inspection",
+    "ImageNet": "imagenet",
+    "ImageShards": "image_shards",
+    "Transfer": "transfer",
     "find_split": "_layout",
     "has_split": "_layout",
     "inspect_coco": "inspection",
+    "inspect_image_folder": "image_inspection",
 }
 
 

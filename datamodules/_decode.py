@@ -50,33 +50,50 @@ def read_image(
         DatasetError: The file is missing, truncated or not an image.
         SizeMismatchError: It is of another size than annotated.
     """
-    where = f" ({where})" if where else ""
+    name = f"{path} ({where})" if where else str(path)
     try:
         data = path.read_bytes()
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
-        raise DatasetError(f"cannot read image {path}{where}: {reason}") from error
+        raise DatasetError(f"cannot read image {name}: {reason}") from error
+    return decode_image(data, name, size=size, remedy=remedy)
+
+
+def decode_image(data: bytes, name: str, *, size: tuple[int, int] | None = None, remedy: str = REMEDY) -> torch.Tensor:
+    """Decodes the content of an image file as RGB; see `read_image`.
+
+    Args:
+        data: The content.
+        name: What error messages call the image.
+        size: Annotated height and width in pixels, if any.
+        remedy: What the error message says to do about a damaged file.
+
+    Returns:
+        uint8 ``(3, H, W)``, laid out in memory as ``(H, W, 3)``.
+
+    Raises:
+        DatasetError: The content is truncated or not an image.
+        SizeMismatchError: It is of another size than annotated.
+    """
     try:
         image, orientation = _decode(data)
     except UnidentifiedImageError as error:
-        raise DatasetError(f"{path}{where} is not an image in a known format ({len(data)} bytes); {remedy}") from error
+        raise DatasetError(f"{name} is not an image in a known format ({len(data)} bytes); {remedy}") from error
     except Exception as error:
-        raise DatasetError(
-            f"image {path}{where} is truncated or damaged ({len(data)} bytes): {error}; {remedy}"
-        ) from error
-    return _orient(image, orientation, size, f"{path}{where}")
+        raise DatasetError(f"image {name} is truncated or damaged ({len(data)} bytes): {error}; {remedy}") from error
+    return _orient(image, orientation, size, name)
 
 
 def _decode(data: bytes) -> tuple[torch.Tensor, int]:
     """RGB as stored, and the EXIF orientation (1: as stored)."""
     if not data.startswith(_JPEG_MAGIC):
         with Image.open(io.BytesIO(data)) as image:
-            return _from_pil(image), _read_orientation(image)
+            return _from_pil(image), read_orientation(image)
     components, scan = _jpeg_frame(data)
     orientation = 1
     if b"Exif" in data[:scan] or components not in {1, 3}:
         with Image.open(io.BytesIO(data)) as image:
-            orientation = _read_orientation(image)
+            orientation = read_orientation(image)
             if components not in {1, 3}:
                 return _from_pil(image), orientation
     # OpenCV before version 5 fills a truncated picture with grey and says nothing.
@@ -88,7 +105,8 @@ def _decode(data: bytes) -> tuple[torch.Tensor, int]:
     return torch.from_numpy(pixels).permute(2, 0, 1), orientation
 
 
-def _read_orientation(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
+    """EXIF orientation of an opened image, 1 to 8; 1, as stored, where there is none."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # noqa: BLE001  a damaged EXIF block must not make a sound image unreadable

@@ -84,16 +84,26 @@ class DatasetReport:
         return ["objects by class", *(f"  {name:<{width}}  {n}" for name, n in self.class_counts.items())]
 
     def _fault_lines(self) -> list[str]:
-        scope = "" if self.decoded else " (image files were not opened)"
-        if self.ok:
-            return [f"no faults{scope}"]
-        kinds = Counter(fault.kind for fault in self.faults).most_common()
-        number = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
-        lines = [f"{number}{scope}: " + ", ".join(f"{kind} {number}" for kind, number in kinds)]
+        lines = [summarise_faults(self.faults, decoded=self.decoded)]
         for image_id, faults in self.faults_by_image().items():
             lines.append(f"  image {image_id}" if image_id is not None else "  no image")
             lines += [f"    {fault}" for fault in faults]
         return lines
+
+
+def summarise_faults(faults: list[Fault], *, decoded: bool) -> str:
+    """The line above the faults of a report: how many there are of each kind.
+
+    Args:
+        faults: The faults.
+        decoded: Whether the image files were opened.
+    """
+    scope = "" if decoded else " (image files were not opened)"
+    if not faults:
+        return f"no faults{scope}"
+    kinds = Counter(fault.kind for fault in faults).most_common()
+    number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+    return f"{number}{scope}: " + ", ".join(f"{kind} {number}" for kind, number in kinds)
 
 
 def inspect_coco(json_path: str | Path, image_dir: str | Path, decode_images: bool = True) -> DatasetReport:
