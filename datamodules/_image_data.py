@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,19 +11,17 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
-from effvit.datamodules._image_samples import EvalImages, TrainImages, collate
+from effvit.datamodules._image_samples import EvalImages, NetworkInput, TrainImages, collate
 from effvit.datamodules._image_sources import ImageSource
 from effvit.datamodules._loaders import DataModule, check_at_least
 from effvit.datamodules._samplers import MultiScaleBatches, SquareBatches, SquareViews
-from effvit.datamodules.augmentation import Augmentation, eval_transform, train_transform
-from effvit.errors import ConfigError, close_matches
+from effvit.datamodules.augmentation import Augmentation, train_transform
+from effvit.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
 #: The augmentation where none is configured.
 PLAIN = Augmentation()
-#: What networks are evaluated with where their authors say nothing else.
-_PUBLISHED = {"size": 224, "crop": 0.875, "interpolation": "bicubic"}
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
@@ -51,7 +48,7 @@ class ImageData(DataModule):
         repeats: How often an image comes in an epoch of training, each time augmented anew (repeated augmentation); an
             epoch keeps its length.
         multi_scale: Sizes in pixels, one of which is drawn for each training batch (MobileViT); ``batch_size`` is for
-            ``image_size``. An epoch then has no fixed number of steps.
+            ``image_size``.
         unreadable: "error" stops at an image that cannot be read; "skip" trains on the next one in its place, and
             leaves it out of the evaluation.
         seed: Seed of order and augmentation.
@@ -123,6 +120,15 @@ class ImageData(DataModule):
         """Number of training images."""
         return len(self._source("train"))
 
+    @property
+    def network_input(self) -> NetworkInput:
+        """Size, crop and interpolation that images are evaluated with.
+
+        Raises:
+            ConfigError: ``published`` has an unknown key.
+        """
+        return NetworkInput.of(self.image_size, self.published)
+
     def setup(self, stage: str) -> None:
         """Lists the images of a stage; they are opened later, one by one.
 
@@ -136,8 +142,7 @@ class ImageData(DataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Training batches in the order of this epoch."""
         source = self._source("train")
-        interpolation = resolve_published(self.published)["interpolation"]
-        transform = train_transform(self.augmentation, interpolation)
+        transform = train_transform(self.augmentation, self.network_input.interpolation)
         dataset = TrainImages(source, transform, self.seed, skip=self.unreadable == "skip")
         self._in_use["train"] = dataset
         return self._make_train_loader(dataset, self._train_batches(len(source)))
@@ -187,7 +192,7 @@ class ImageData(DataModule):
         return self._sources[split]
 
     def _train_batches(self, num_images: int) -> SquareViews:
-        size = self.image_size or resolve_published(self.published)["size"]
+        size = self.network_input.size
         if self.multi_scale is not None:
             return MultiScaleBatches(
                 num_images, self.batch_size, size, self.multi_scale,
@@ -201,31 +206,10 @@ class ImageData(DataModule):
         return batches
 
     def _eval_dataset(self, split: str) -> EvalImages:
-        settings = resolve_published(self.published)
-        size = self.image_size or settings["size"]
-        transform = eval_transform(size, settings["crop"], settings["interpolation"])
-        dataset = EvalImages(self._source(split), transform, size, skip=self.unreadable == "skip")
+        dataset = EvalImages(self._source(split), self.network_input, skip=self.unreadable == "skip")
         self._in_use[self._resolve(split)] = dataset
         return dataset
 
     def _resolve(self, split: str) -> str:
         """The split itself, or "val" where there is no test split."""
         return "val" if split == "test" and not self._has("test") else split
-
-
-def resolve_published(published: dict[str, Any] | None) -> dict[str, Any]:
-    """The published input with the usual one for what it leaves open.
-
-    Raises:
-        ConfigError: It has other keys than size, crop and interpolation.
-    """
-    unknown = sorted(set(published or {}) - set(_PUBLISHED))
-    if unknown:
-        raise ConfigError(f"published has no key {unknown[0]!r}. {close_matches(unknown[0], _PUBLISHED)}")
-    return {**_PUBLISHED, **(published or {})}
-
-
-def name_some(names: Sequence[str], most: int = 10) -> str:
-    """The first names of a list for a message, and how many there are beside."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

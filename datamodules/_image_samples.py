@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,42 @@ from torch.utils.data import Dataset
 
 from effvit.datamodules._augment_ops import Pixels
 from effvit.datamodules._image_sources import ImageSource
-from effvit.datamodules.augmentation import EvalTransform, TrainTransform
-from effvit.errors import DatasetError
+from effvit.datamodules.augmentation import Interpolation, TrainTransform, eval_transform
+from effvit.errors import ConfigError, DatasetError, close_matches
 
 _log = logging.getLogger(__name__)
 
 #: Epoch, index of the image, number of its repeat, and size in pixels.
 Key = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class NetworkInput:
+    """What a network is evaluated on.
+
+    Attributes:
+        size: Height and width in pixels.
+        crop: ``size`` over the shorter side before the centre crop.
+        interpolation: Filter of the resizing.
+    """
+
+    size: int = 224
+    crop: float = 0.875
+    interpolation: Interpolation = "bicubic"
+
+    @classmethod
+    def of(cls, image_size: int | None, published: dict[str, Any] | None) -> NetworkInput:
+        """The published input at the size that is asked for; what neither says is at its usual value.
+
+        Raises:
+            ConfigError: ``published`` has other keys than size, crop and interpolation.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(published or {}) - known)
+        if unknown:
+            raise ConfigError(f"published has no key {unknown[0]!r}. {close_matches(unknown[0], known)}")
+        spec = cls(**(published or {}))
+        return replace(spec, size=image_size) if image_size is not None else spec
 
 
 @dataclass(frozen=True)
@@ -86,16 +115,15 @@ class EvalImages(Dataset[Sample]):
 
     Args:
         source: The images.
-        transform: Resize and crop.
-        size: Height and width of the result in pixels.
+        spec: Size, crop and interpolation.
         skip: Give an unreadable image as black with the label -1 instead of raising.
     """
 
-    def __init__(self, source: ImageSource, transform: EvalTransform, size: int, *, skip: bool) -> None:
+    def __init__(self, source: ImageSource, spec: NetworkInput, *, skip: bool) -> None:
         self.source = source
         self.unreadable = Unreadable(len(source)) if skip else None
-        self._transform = transform
-        self._size = size
+        self._transform = eval_transform(spec.size, spec.crop, spec.interpolation)
+        self._size = spec.size
 
     def __len__(self) -> int:
         """Number of images."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,29 @@ class FileImages(ImageSource):
 
     def read(self, index: int) -> Pixels:
         """The decoded file, turned as its EXIF orientation says."""
-        return read_image(self.root / self.name(index), remedy=REMEDY).permute(1, 2, 0).numpy()
+        return _read(self.root / self.name(index))
+
+
+class ListedFiles(ImageSource):
+    """Image files from anywhere, of unknown class.
+
+    Args:
+        files: The files.
+        names: What each is called in the results.
+    """
+
+    def __init__(self, files: Sequence[Path], names: Sequence[str]) -> None:
+        super().__init__([-1] * len(files))
+        self._files = files
+        self._names = names
+
+    def name(self, index: int) -> str:
+        """The name that was given."""
+        return self._names[index]
+
+    def read(self, index: int) -> Pixels:
+        """The decoded file, turned as its EXIF orientation says."""
+        return _read(self._files[index])
 
 
 class ArrayImages(ImageSource):
@@ -94,9 +117,15 @@ class ArrayImages(ImageSource):
         return np.array(self._pixels[index])
 
 
-def image_endings() -> set[str]:
+def _read(path: Path) -> Pixels:
+    pixels: Pixels = read_image(path, remedy=REMEDY).permute(1, 2, 0).numpy()
+    return pixels
+
+
+@cache
+def image_endings() -> frozenset[str]:
     """File name endings of the image formats that can be read, in lower case."""
-    return {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN)
 
 
 def stratified_split(labels: Sequence[int] | Labels, share: float, seed: int) -> tuple[Labels, Labels]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
-from itertools import chain, cycle, islice
+from itertools import accumulate, cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,11 +208,15 @@ class SquareBatches(SquareViews):
 class MultiScaleBatches(SquareViews):
     """MobileViT's variable-batch sampler: each batch has one of several sizes, and as many images as fit.
 
-    A size is drawn for every batch, alike in all processes; a batch of size ``s`` holds ``floor(size² · batch_size /
-    s²)`` images, at least 1 (for size 256 and 128 images: 327 of 160 px, 227 of 192, 101 of 288, 81 of 320), so that
-    a step costs about the same at any size. The last batch is filled up with the first images of the order. Epochs
-    differ in their number of batches, so that there is no length (Mehta and Rastegari, arXiv 2110.02178, §3.2;
-    ``variable_batch_sampler.py`` of ml-cvnets).
+    A batch of size ``s`` holds ``floor(size² · batch_size / s²)`` images (for size 256 and 128 images: 327 of 160 px,
+    227 of 192, 101 of 288, 81 of 320), so that a step costs about the same at any size; at least 2, for BatchNorm's
+    sake, unless ``batch_size`` is 1. The order of sizes is drawn for each epoch, alike in all processes (Mehta and
+    Rastegari, arXiv 2110.02178, §3.2; ``variable_batch_sampler.py`` of ml-cvnets). Images that are missing in the last
+    batches are the first of the order.
+
+    The official sampler draws each size on its own, so that epochs differ in their number of steps. Here the sizes of
+    an epoch are a shuffled list in which each comes equally often: every epoch has the same known length, which
+    learning-rate schedules by steps and Lightning's exact resumption need, and shows every image all the same.
 
     Args:
         num_images: Number of images.
@@ -236,19 +240,31 @@ class MultiScaleBatches(SquareViews):
         ranks: tuple[int, int],
     ) -> None:
         super().__init__(num_images, batch_size, size, repeats=repeats, seed=seed, ranks=ranks)
-        self.scales = [(other, max(1, size * size * batch_size // (other * other))) for other in sizes]
+        least = min(2, batch_size)
+        self.scales = [(other, max(least, size * size * batch_size // (other * other))) for other in sorted(sizes)]
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._scales_of_epoch())
 
     def state(self) -> dict[str, Any]:
         """What the order depends on, besides the epoch."""
         return {**super().state(), "sizes": [size for size, _ in self.scales]}
 
+    def _scales_of_epoch(self) -> list[tuple[int, int]]:
+        """Size and number of images of each batch, in no particular order."""
+        rounds, left = divmod(self._num_samples(), sum(number for _, number in self.scales))
+        # The largest batches, which are the first, take what the full rounds leave over.
+        before = accumulate((number for _, number in self.scales), initial=0)
+        return self.scales * rounds + [scale for scale, taken in zip(self.scales, before, strict=False) if taken < left]
+
     def _batches(self, generator: torch.Generator) -> Iterator[list[tuple[int, int, int, int]]]:
         views = self._views(generator)
-        start = 0
-        while start < len(views):
-            size, number = self.scales[int(torch.randint(len(self.scales), (), generator=generator))]
-            yield self._keys(islice(chain(views[start : start + number], cycle(views)), number), size)
-            start += number
+        scales = self._scales_of_epoch()
+        endless = cycle(views)
+        for place in torch.randperm(len(scales), generator=generator).tolist():
+            size, number = scales[place]
+            yield self._keys(islice(endless, number), size)
 
 
 class ResumableLoader(DataLoader[Any]):

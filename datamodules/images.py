@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from effvit.datamodules._decode import read_image
-from effvit.datamodules._image_sources import image_endings
+from effvit.datamodules._image_samples import EvalImages, NetworkInput, collate
+from effvit.datamodules._image_sources import REMEDY, ListedFiles, image_endings
+from effvit.datamodules._loaders import check_at_least
 from effvit.datamodules._samples import PlainImages, single_threaded
 from effvit.datamodules.transforms import Collate, eval_transform
 from effvit.errors import ConfigError, DatasetError
@@ -19,7 +23,44 @@ _log = logging.getLogger(__name__)
 _MOST_NAMED = 10
 
 
-class ImageFiles(LightningDataModule):
+class _Files(LightningDataModule):
+    """Base: which files there are, and which of them can be read."""
+
+    def __init__(self, images: str | list[str], batch_size: int, num_workers: int, unreadable: str) -> None:
+        super().__init__()
+        check_at_least(1, batch_size=batch_size)
+        check_at_least(0, num_workers=num_workers)
+        if unreadable not in {"error", "skip"}:
+            raise ConfigError(f"unreadable must be 'error' or 'skip', found {unreadable!r}")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.unreadable = unreadable
+        self.files, self.names = _collect([images] if isinstance(images, str) else images)
+
+    def setup(self, stage: str) -> None:
+        """Opens the files once where unreadable ones are to be left out."""
+        del stage
+        if self.unreadable != "skip":
+            return
+        sound = []
+        for file, name in zip(self.files, self.names, strict=True):
+            if _is_readable(file):
+                sound.append((file, name))
+        if not sound:
+            raise DatasetError(f"none of the {len(self.files)} files can be read, the first is {self.files[0]}")
+        self.files, self.names = [file for file, _ in sound], [name for _, name in sound]
+
+    def _loader(self, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Any]) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=collate_fn,
+            worker_init_fn=single_threaded,
+        )
+
+
+class ImageFiles(_Files):
     """Images of files and folders, in the batches of ``CocoDetection`` without boxes and labels.
 
     Folders are searched with their subfolders, in alphabetical order, for files with the ending of an image format.
@@ -48,43 +89,63 @@ class ImageFiles(LightningDataModule):
         pad_divisor: int = 32,
         unreadable: Literal["error", "skip"] = "error",
     ) -> None:
-        super().__init__()
-        if batch_size < 1 or pad_divisor < 1 or min(image_size) < 1 or num_workers < 0:
-            raise ConfigError(
-                "batch_size, pad_divisor and image_size must be 1 or more and num_workers 0 or more, "
-                f"found {batch_size}, {pad_divisor}, {image_size} and {num_workers}"
-            )
-        if unreadable not in {"error", "skip"}:
-            raise ConfigError(f"unreadable must be 'error' or 'skip', found {unreadable!r}")
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+        super().__init__(images, batch_size, num_workers, unreadable)
+        check_at_least(1, pad_divisor=pad_divisor, **{"image_size[0]": image_size[0], "image_size[1]": image_size[1]})
         self.image_size = image_size
-        self.unreadable = unreadable
-        self._collate = Collate(pad_divisor)
-        self.files, self.names = _collect([images] if isinstance(images, str) else images)
-
-    def setup(self, stage: str) -> None:
-        """Opens the files once where unreadable ones are to be left out."""
-        del stage
-        if self.unreadable != "skip":
-            return
-        sound = []
-        for file, name in zip(self.files, self.names, strict=True):
-            if _is_readable(file):
-                sound.append((file, name))
-        if not sound:
-            raise DatasetError(f"none of the {len(self.files)} files can be read, the first is {self.files[0]}")
-        self.files, self.names = [file for file, _ in sound], [name for _, name in sound]
+        self.pad_divisor = pad_divisor
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches ``(images, targets)``."""
-        return DataLoader(
-            PlainImages(self.files, self.names, eval_transform(self.image_size)),
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=self._collate,
-            worker_init_fn=single_threaded,
-        )
+        dataset = PlainImages(self.files, self.names, eval_transform(self.image_size))
+        return self._loader(dataset, Collate(self.pad_divisor))
+
+
+class ClassifiedFiles(_Files):
+    """Images of files and folders, in the batches of ``ImageData`` with the label -1, to be classified.
+
+    Folders are searched as by ``ImageFiles``; image ids count from 0 in that order.
+
+    Args:
+        images: A file, a folder, or a list of them.
+        batch_size: Images in a batch.
+        num_workers: Processes that load images; 0 loads in the calling process.
+        image_size: Height and width of the network's input in pixels; None for the published one.
+        published: Input of the backbone's published weights: size, crop, interpolation.
+        unreadable: "error" stops at a file that cannot be read, "skip" opens every file first and leaves those out.
+
+    Raises:
+        ConfigError: An option is out of its range.
+        DatasetError: A file or folder is missing, or holds no image.
+    """
+
+    def __init__(
+        self,
+        images: str | list[str],
+        *,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        image_size: int | None = None,
+        published: dict[str, Any] | None = None,
+        unreadable: Literal["error", "skip"] = "error",
+    ) -> None:
+        super().__init__(images, batch_size, num_workers, unreadable)
+        self.image_size = image_size
+        self.published = published
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches ``(images, targets)``."""
+        source = ListedFiles(self.files, self.names)
+        return self._loader(EvalImages(source, NetworkInput.of(self.image_size, self.published), skip=False), collate)
+
+    def read_original(self, split: str, image_id: int) -> torch.Tensor:
+        """An image as it was before any transform, uint8 RGB ``(3, H, W)``.
+
+        Args:
+            split: Ignored: there is one.
+            image_id: Its position.
+        """
+        del split
+        return read_image(self.files[image_id], remedy=REMEDY)
 
 
 def _is_readable(file: Path) -> bool:

@@ -185,7 +185,7 @@ def test_batches_hold_one_orientation():
 
 def test_ranks_share_the_images(coco_root):
     is_wide = torch.ones(11, dtype=torch.bool)
-    shares = [sum(ShapeBatches(is_wide, 2, 0, (3, rank)), []) for rank in range(3)]
+    shares = [[key for batch in ShapeBatches(is_wide, 2, 0, (3, rank)) for key in batch] for rank in range(3)]
     assert [len(share) for share in shares] == [4, 4, 4]
     indices = [index for share in shares for _, index in share]
     assert set(indices) == set(range(11))
