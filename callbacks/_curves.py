@@ -77,7 +77,7 @@ def _loss(axes: Axes, steps: Sequence[int], losses: Sequence[float]) -> None:
         # The first steps of a detector can be ten times the rest; they would flatten everything that matters.
         # A run that diverges has losses without a place on any axis.
         ordered = sorted(filter(math.isfinite, smooth(losses))) or [0.0]
-        top = ordered[int(0.98 * (len(ordered) - 1))] * 1.15
+        top = ordered[math.ceil(0.98 * (len(ordered) - 1))] * 1.15
         bottom = min(0.0, *filter(math.isfinite, losses), 0.0)
         if top > bottom:
             axes.set_ylim(bottom, top)

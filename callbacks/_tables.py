@@ -52,7 +52,9 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
         metrics: Values by name, without ``val/`` or ``test/``.
         title: Heading.
     """
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, min_width=len(title)
+    )  # else a narrow table breaks its title into lines
     groups = sorted({name.rpartition("/")[0] for name in metrics if name.rpartition("/")[2] == "AP"})
     if "top1" in metrics:
         names = [name for name in _CLASSIFICATION_COLUMNS if name in metrics]

@@ -155,7 +155,9 @@ class ClassificationReport(Callback):
             except (DatasetError, OSError) as error:  # a picture is not worth the end of a run
                 _log.warning("mistakes.png lacks an image: %s", error)
                 continue
-            lines = (f"true: {names[mistake.label]}", f"{mistake.confidence:.2f} {names[mistake.predicted]}")
+            # The name last: what is too long is cut.
+            chosen = f"predicted ({mistake.confidence:.2f}): {names[mistake.predicted]}"
+            lines = (f"true: {names[mistake.label]}", chosen)
             rows.append((captioned(image, lines),))
         return panel_grid(rows, ("",), pairs_per_row=min(4, len(rows))) if rows else None
 

@@ -19,6 +19,7 @@ _Rectangle = tuple[float, float, float, float]
 
 _INK: Colour = (28, 30, 34)
 _PAPER: Colour = (255, 255, 255)
+_GREY: Colour = (110, 114, 120)
 _MASK_OPACITY = 0.45
 _DROPPED_OPACITY = 0.85  # enough left to see what was dropped
 # Hues by hand where a data set has few classes: far apart, and readable on photographs and on white.
@@ -182,7 +183,8 @@ def draw_kept_patches(
         patch: Side of a patch in pixels; the last row and column may stand over the edge of the image.
 
     Returns:
-        RGB picture, one row an image: the image, then each stage with its dropped patches whitened.
+        RGB picture, one row an image: the image, then each stage with its dropped patches whitened. A line around the
+        kept ones, which the paper does not have, shows them on a white background too.
 
     Raises:
         ValueError: The images are not uint8 ``(B, 3, H, W)``, or a decision does not fit the grid.
@@ -193,8 +195,11 @@ def draw_kept_patches(
     stages = [kept.detach().cpu().float().round().view(-1, *grid) for kept in decisions]
     rows = []
     for number, image in enumerate(images.cpu()):
-        row = [_to_picture(image)] + [_to_picture(_whiten(image, kept[number], patch)) for kept in stages]
-        rows.append([_resize(picture, 240, 320)[0] for picture in row])
+        rows.append([_resize(_to_picture(image), 240, 320)[0]])
+        for kept in stages:
+            picture, scale = _resize(_to_picture(_whiten(image, kept[number], patch)), 240, 320)
+            _outline(picture, kept[number], patch * scale)
+            rows[-1].append(picture)
     shares = [f"stage {number}: {100 * float(kept.mean()):.0f} % kept" for number, kept in enumerate(stages, start=1)]
     return panel_grid(rows, ("image", *shares))
 
@@ -202,6 +207,17 @@ def draw_kept_patches(
 def _whiten(image: Tensor, kept: Tensor, patch: int) -> Tensor:
     mask = kept.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[: image.shape[1], : image.shape[2]]
     return torch.lerp(image.float(), torch.full((), 255.0), _DROPPED_OPACITY * (1 - mask)).round().to(torch.uint8)
+
+
+def _outline(picture: Image.Image, kept: Tensor, side: float) -> None:
+    """Draws the border between kept and dropped patches, which are squares of ``side`` pixels."""
+    draw = ImageDraw.Draw(picture)
+    for row, column in (kept[1:] != kept[:-1]).nonzero().tolist():
+        y = (row + 1) * side
+        draw.line((column * side, y, (column + 1) * side, y), fill=_GREY)
+    for row, column in (kept[:, 1:] != kept[:, :-1]).nonzero().tolist():
+        x = (column + 1) * side
+        draw.line((x, row * side, x, (row + 1) * side), fill=_GREY)
 
 
 def _cut(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:

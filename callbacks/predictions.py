@@ -227,14 +227,13 @@ class ClassificationWriter(Callback):
 
 
 def _table(predictions: Sequence[dict[str, Any]]) -> Table:
-    """One row an image, its classes from left to right."""
+    """One row an image; its classes share a cell, since that can be broken into lines in a narrow terminal."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("image", overflow="fold")
-    for number in range(max((len(found["classes"]) for found in predictions), default=0)):
-        table.add_column(f"{number + 1}", overflow="fold")
+    table.add_column("class (score)", overflow="fold")
     for found in predictions:
-        cells = [f"{entry['score']:.3f} {entry['name']}" for entry in found["classes"]]
-        table.add_row(*map(escape, [found["file_name"], *cells]))
+        classes = ", ".join(f"{entry['name']} ({entry['score']:.3f})" for entry in found["classes"])
+        table.add_row(escape(found["file_name"]), escape(classes))
     return table
 
 

@@ -397,12 +397,12 @@ def test_predictions_as_table(
     monkeypatch.setattr("effvit.callbacks.predictions._MOST_ROWS", 3)
     _predict(tmp_path, top=1)
     shown = capsys.readouterr().out
-    assert re.search(r"sub/0\.jpg +0\.600 bee \[red\]", shown)
+    assert re.search(r"sub/0\.jpg +bee \[red\] \(0\.600\)", shown)
     assert "sub/2.jpg" in shown
     assert "sub/3.jpg" not in shown
     assert "and 5 more" in shown
     written = (tmp_path / "predictions.txt").read_text(encoding="utf-8")
-    assert len(re.findall(r"sub/\d\.jpg +0\.\d{3} ", written)) == 8
+    assert len(re.findall(r"sub/\d\.jpg +\S.*\(0\.\d{3}\)", written)) == 8
     assert max(map(len, written.splitlines())) < 60
 
 
