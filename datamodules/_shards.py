@@ -225,13 +225,15 @@ class TrainStream(ShardStream):
         return self.ranks[1] * share, (self.ranks[1] + 1) * share
 
     def _samples(self, start: int, stop: int, name: str) -> Iterator[Sample]:
-        from webdataset.filters import _shuffle
+        from webdataset.filters import shuffle
 
         epoch = int(self.epoch)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.index.shards)).tolist()
         raw = self.index.read(order, start, stop)
         owed, last = 0, None
-        for image_id, sample in _shuffle(raw, self.buffer, self.buffer, random.Random(f"{self.seed}.{epoch}.{name}")):  # noqa: S311
+        # Not for secrets: the order of the buffer.
+        mixed = shuffle(self.buffer, initial=self.buffer, rng=random.Random(f"{self.seed}.{epoch}.{name}"))  # noqa: S311
+        for image_id, sample in mixed(raw):
             try:
                 pixels = self.decoder.image(sample)
             except DatasetError as error:

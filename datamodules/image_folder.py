@@ -95,8 +95,7 @@ class ImageFolder(ImageData):
         self.val_share = val_share
         self.split_seed = split_seed
         self._folders = find_splits(self.root, train, val, test)
-        self._listed: dict[Path, dict[str, list[str]]] = {}
-        self._parts: tuple[Labels, Labels] | None = None
+        self._tree: tuple[list[str], list[int], tuple[Labels, Labels]] | None = None
         self._categories: dict[int, str] | None = None
 
     @property
@@ -113,25 +112,25 @@ class ImageFolder(ImageData):
         if split == "test" or "val" in self._folders:
             names, labels = self._list(self._folders[split])
         else:
-            names, labels = self._list(self._folders["train"])
-            if self._parts is None:
-                self._parts = self._split(labels)
-            kept = self._parts[split == "val"]
-            names, labels = [names[index] for index in kept], [labels[index] for index in kept]
+            names, labels = self._part_of_tree(split)
         return FileImages(self.root, names, labels)
 
     def _list(self, folder: Path) -> tuple[list[str], list[int]]:
         """Names relative to the root, and labels, of the images of a split."""
-        classes = self._classes_in(folder)
+        classes = list_classes(self.root, folder)
         expected = self.categories.values()
         check_same_classes(folder, classes, self._folders["train"], expected)
         names = [name for kind in expected for name in classes[kind]]
         return names, [label for label, kind in self.categories.items() for _ in classes[kind]]
 
-    def _classes_in(self, folder: Path) -> dict[str, list[str]]:
-        if folder not in self._listed:
-            self._listed[folder] = list_classes(self.root, folder)
-        return self._listed[folder]
+    def _part_of_tree(self, split: str) -> tuple[list[str], list[int]]:
+        """What the seed makes a split of one tree."""
+        if self._tree is None:
+            names, labels = self._list(self._folders["train"])
+            self._tree = names, labels, self._split(labels)
+        names, labels, parts = self._tree
+        kept = parts[split == "val"]
+        return [names[index] for index in kept], [labels[index] for index in kept]
 
     def _split(self, labels: list[int]) -> tuple[Labels, Labels]:
         """Indices of training and validation images of one tree."""

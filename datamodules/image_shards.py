@@ -199,6 +199,7 @@ class ImageShards(ImageData):
 def _expand(root: Path, patterns: str | list[str]) -> list[Path]:
     """Files of names with braces."""
     try:
+        import webdataset  # noqa: F401 - here, so that workers inherit what takes a second to import
         from braceexpand import braceexpand  # comes with webdataset
     except ImportError as error:
         raise ConfigError("ImageShards needs webdataset: pip install 'effvit[shards]'") from error

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from effvit.datamodules._image_data import PLAIN, ImageData
 from effvit.datamodules._image_sources import ArrayImages, FileImages, ImageSource
 from effvit.datamodules.augmentation import Augmentation
@@ -180,15 +178,25 @@ class Transfer(ImageData):
         else:
             files, labels = _files_and_labels(parts, kind.files)
             source = FileImages(self.root, [os.path.relpath(file, self.root) for file in files], labels)
-        number = int(np.max(labels)) + 1
-        names = getattr(parts[0], "classes", None) or [str(label) for label in range(number)]
-        if number > len(names) or min(labels) < 0:
-            raise DatasetError(
-                f"{self.name} in {self.root}: the labels of the {split} split are {min(labels)} … {number - 1}, "
-                f"but there are {len(names)} classes; the label files do not belong together"
-            )
-        self._categories = {label: str(name) for label, name in enumerate(names)}
+        self._check(split, parts, labels)
         return source
+
+    def _check(self, split: str, parts: list[Any], labels: list[int]) -> None:
+        """Takes the class names from the training split, and compares everything else with them."""
+        where = f"{self.name} in {self.root}: the {split} split"
+        highest = max(labels, default=-1)
+        names = [getattr(part, "classes", None) or [str(label) for label in range(highest + 1)] for part in parts]
+        if split == "train" and self._categories is None:
+            self._categories = {label: str(name) for label, name in enumerate(names[0])}
+        expected = list(self.categories.values())
+        # Pets and DTD number the classes that a part happens to show.
+        if any(list(map(str, part)) != expected for part in names):
+            raise DatasetError(f"{where} shows other classes than the training split; its label files are not complete")
+        if not labels or min(labels) < 0 or highest >= len(expected):
+            raise DatasetError(
+                f"{where} has labels {min(labels, default=-1)} … {highest} for {len(expected)} classes; "
+                "its label files do not belong together"
+            )
 
     def _load(self, arguments: dict[str, Any]) -> Any:
         """The data set of torchvision, with its errors in words that help here."""

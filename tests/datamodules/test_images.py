@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from effvit.datamodules.images import ImageFiles
+from effvit.datamodules.images import ClassifiedFiles, ImageFiles
 from effvit.errors import ConfigError, DatasetError
 
 
@@ -66,3 +66,28 @@ def test_unreadable_file(folder, caplog):
     assert [target["file_name"] for target in targets] == ["a.jpg", "b.png", "sub/c.JPG", "sub/deeper/d.bmp"]
     assert "aa.jpg" in caplog.text
     assert "unreadable skip" not in caplog.text
+
+
+def test_files_to_classify(folder):
+    published = {"size": 32, "crop": 1.0, "interpolation": "bilinear"}
+    data = ClassifiedFiles(str(folder), batch_size=3, published=published)
+    batches = predict_batches(data)
+    assert [len(targets["labels"]) for _, targets in batches] == [3, 1]
+    images, targets = batches[0]
+    assert images.shape == (3, 3, 32, 32)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert targets["labels"].tolist() == [-1, -1, -1]
+    assert targets["image_ids"].tolist() == [0, 1, 2]
+    assert targets["file_names"] == ["a.jpg", "b.png", "sub/c.JPG"]
+    assert data.read_original("test", 0).shape == (3, 48, 65)
+    assert predict_batches(ClassifiedFiles(str(folder), image_size=24))[0][0].shape == (1, 3, 24, 24)
+
+
+def test_unreadable_file_to_classify(folder):
+    (folder / "aa.jpg").write_text("<html>")
+    with pytest.raises(DatasetError, match=r"aa\.jpg is not an image"):
+        predict_batches(ClassifiedFiles(str(folder)))
+    batches = predict_batches(ClassifiedFiles(str(folder), unreadable="skip"))
+    assert [name for _, targets in batches for name in targets["file_names"]][:2] == ["a.jpg", "b.png"]
+    with pytest.raises(ConfigError, match="batch_size must be 1 or more"):
+        ClassifiedFiles(str(folder), batch_size=0)
