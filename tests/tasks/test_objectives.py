@@ -81,7 +81,7 @@ def test_supervised_is_cross_entropy_of_the_labelled_images(images, target):
 
 
 def test_supervised_trains_both_heads_together(images, target):
-    network = classifier("efficientformer_l1").eval()
+    network = classifier("efficientformerv2_s0").eval()
     logits, distilled = network.forward_heads(images)
     assert torch.allclose(network(images), (logits + distilled) / 2)
     make_objective(network)(network, images, target).losses["cross_entropy"].backward()
@@ -280,7 +280,8 @@ def test_a_teacher_follows_the_images_type(images, deit):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("dynamicvit_tiny", {"keep_ratio": 1.0}), ("efficientformer_l1", None), ("mobilevit_xxs", {})]
+    ("name", "options"),
+    [("dynamicvit_tiny", {"keep_ratio": 1.0}), ("efficientformerv2_s0", None), ("mobilevit_xxs", {})],
 )
 def test_a_run_of_ours_teaches(name, options, images, tmp_path):
     network = classifier(name, **(options or {})).eval()
@@ -288,7 +289,7 @@ def test_a_run_of_ours_teaches(name, options, images, tmp_path):
     teacher = build_teacher(path, num_classes=5, student_spec=network.backbone.input_spec)
     with torch.no_grad():
         assert torch.allclose(teacher.logits(images), network(images), atol=1e-5)
-    assert (teacher.network.head_dist is None) == (name != "efficientformer_l1")
+    assert (teacher.network.head_dist is None) == (name != "efficientformerv2_s0")
 
 
 def test_a_named_teacher_takes_a_file(images, deit, tmp_path):
