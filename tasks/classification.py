@@ -14,6 +14,7 @@ from effvit.backbones import create_classifier, outline
 from effvit.errors import ConfigError
 from effvit.tasks._batch_augmentation import BatchAugmentation
 from effvit.tasks._clipping import clip_adaptively
+from effvit.tasks._distributed import shard, share_buffers
 from effvit.tasks._task import (
     NORMS,
     Group,
@@ -160,6 +161,7 @@ class Classification(Task):
         self.evaluator = ClassificationEvaluator(num_classes)
         self.result: ClassificationResult | None = None
         self.objective: Any = None
+        self._sharded = False
         self._objective = partial(
             make_objective,
             self.network,
@@ -228,6 +230,12 @@ class Classification(Task):
                 if inside and self._is_frozen(f"{name}.weight"):
                     module.eval()
         return self
+
+    def configure_model(self) -> None:
+        """Shards the network where the Trainer runs Lightning's ``ModelParallelStrategy``."""
+        if self.device_mesh is not None and not self._sharded:
+            shard(self.network, self.device_mesh["data_parallel"])
+            self._sharded = True
 
     def setup(self, stage: str) -> None:
         """Builds the objective, and the teacher where there is one: neither is needed to evaluate."""
@@ -299,6 +307,10 @@ class Classification(Task):
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """Class probabilities of a batch, see `probabilities`."""
         return self.probabilities(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Evaluates the same statistics in all processes."""
+        share_buffers(self.network)
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics over all validation images."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,14 @@ def test_a_documented_command_runs(command, folder, cli, monkeypatch):
         return
     monkeypatch.chdir(folder)
     words = shlex.split(command)
+    if words[0] == "torchrun":
+        words = launched_by_torchrun(words[1:])
+        done = cli.run(*words, "--print_config")
+        assert done.code == 0, done.err
+        return
+    if words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2]), words[2]
+        return
     assert words[0] == "effvit", command
     words = words[1:]
     if words[0] == "fit" and "--resume" not in words:
@@ -73,6 +83,34 @@ def test_a_documented_command_runs(command, folder, cli, monkeypatch):
         assert process.returncode == 0, said
         return
     done = cli.run(*words)
+    assert done.code == 0, done.err
+
+
+def launched_by_torchrun(words):
+    """The words of ``effvit`` behind torchrun's own, which its parser accepts; tests/cli/test_scaling.py runs them."""
+    from torch.distributed.run import get_args_parser
+
+    launcher = get_args_parser().parse_args(words)
+    assert (launcher.module, launcher.training_script) == (True, "effvit")
+    effvit = launcher.training_script_args
+    assert effvit[effvit.index("--trainer.devices") + 1] == str(launcher.nproc_per_node)
+    nodes = effvit[effvit.index("--trainer.num_nodes") + 1] if "--trainer.num_nodes" in effvit else "1"
+    assert nodes == launcher.nnodes.split(":")[-1]
+    return effvit
+
+
+@pytest.mark.parametrize("script", blocks("slurm"))
+def test_a_documented_slurm_script_starts_what_it_asks_for(script, folder, cli, monkeypatch, tmp_path):
+    """Bash reads it, its tasks and nodes are those of the Trainer, as Lightning demands, and effvit knows the options."""
+    monkeypatch.chdir(folder)
+    (tmp_path / "job.sh").write_text(script)
+    subprocess.run(["bash", "-n", tmp_path / "job.sh"], check=True)
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", script, re.MULTILINE))
+    words = shlex.split(next(line for line in script.splitlines() if line.startswith("srun ")))
+    assert words[:2] == ["srun", "effvit"]
+    assert words[words.index("--trainer.devices") + 1] == asked["ntasks-per-node"] == asked["gpus-per-node"]
+    assert words[words.index("--trainer.num_nodes") + 1] == asked["nodes"]
+    done = cli.run(*words[2:], "--print_config")
     assert done.code == 0, done.err
 
 

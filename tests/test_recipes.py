@@ -137,6 +137,8 @@ def test_mobilevit(name):
     assert found.data["multi_scale"] == [160, 192, 256, 288, 320]
     assert (found.data["image_size"], found.data["batch_size"]) == (256, 128)
     assert found.data["augmentation"] == {"policy": "none"}
+    dropout = 0.05 if name == "mobilevit_xxs" else 0.1
+    assert found.model["backbone_options"] == {"dropout": dropout, "classifier_dropout": 0.1}
     assert found.model["label_smoothing"] == 0.1
     assert not {"mixup", "cutmix", "random_erasing", "clip_adaptive"} & set(found.model)
     assert found.data.get("repeats", 1) == 1
