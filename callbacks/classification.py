@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from effvit.callbacks._confusion import draw_confusion
 from effvit.callbacks._patches import drops_patches, kept_patches
@@ -114,8 +114,9 @@ class ClassificationReport(Callback):
     def _look(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, batches: Sequence[float]
     ) -> None:
-        # Under FSDP no process has the whole network, and only the first one would run it here.
-        if self.patches == 0 or not drops_patches(pl_module) or isinstance(trainer.strategy, FSDPStrategy):
+        # Where no process has the whole network (FSDP), the first one cannot run it alone.
+        spread_out = isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+        if self.patches == 0 or spread_out or not drops_patches(pl_module):
             return
         per_batch, chosen = spread(self.patches, int(batches[0]))
         count = min(per_batch, len(batch[0]), self.patches - len(self._seen))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,7 @@ def test_curves_show_what_they_are_given(tmp_path: Path) -> None:
     assert (falling[:, : width // 3] != other[:, : width // 3]).any()
     assert (falling[:, width // 2 :] == other[:, width // 2 :]).all()
     assert ink([], []).size  # a run that was stopped at once
+    assert (ink([2.0, math.inf, math.nan], [(20, {"AP": math.nan})]) != ink([], [])).any()  # one that diverged
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_constants() -> None:
