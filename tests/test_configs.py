@@ -6,27 +6,58 @@ import os
 import subprocess
 import sys
 
+import cv2
+import numpy as np
 import pytest
 
-from effvit._cli.shipped import shipped_configs, summary
+from effvit._cli.shipped import merged_config, shipped_configs, summary, with_bases
 
 CONFIGS = shipped_configs()
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_a_config_builds_data_network_and_trainer(name, coco_root, tmp_path):
+#: Those that stand for their family in each run of the tests; the rest differs in name and size only.
+QUICK = {"efficientvit_m0", "efficientvit_m5_cifar10", "efficientformer_l1", "mobilevit_xxs", "dynamicvit_small"}
+RECIPES = ("efficientvit", "efficientformer", "mobilevit", "dynamicvit")
+
+
+def configs():
+    for name in sorted(CONFIGS):
+        recipe = name.removeprefix("classification/")
+        rare = recipe.startswith(RECIPES) and recipe not in QUICK
+        yield pytest.param(name, marks=[pytest.mark.slow] if rare else [])
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    """A folder per class, as ImageNet and any image folder have it."""
+    for split in ("train", "val"):
+        for kind in ("n01440764", "n01443537"):
+            (tmp_path / "classes" / split / kind).mkdir(parents=True)
+            cv2.imwrite(str(tmp_path / "classes" / split / kind / "0.jpg"), np.zeros((40, 40, 3), np.uint8))
+    return tmp_path / "classes"
+
+
+@pytest.mark.parametrize("name", list(configs()))
+def test_a_config_builds_data_network_and_trainer(name, coco_root, class_folders, tmp_path, monkeypatch):
     from lightning.pytorch import Trainer
 
     from effvit._cli.launch import Run
     from effvit._cli.lightning import EffvitCLI
+    from effvit.datamodules import Transfer
 
     class BuildOnly(EffvitCLI):
         def _run_subcommand(self, subcommand):
             self.ran = subcommand
 
-    arguments = ["--config", str(CONFIGS[name])]
-    if "CocoDetection" in CONFIGS[name].read_text():
+    arguments = [word for path in with_bases(CONFIGS[name]) for word in ("--config", str(path))]
+    data = merged_config(CONFIGS[name])["data"]["class_path"]
+    if data == "CocoDetection":
         arguments += ["--data.root", str(coco_root)]
+    if data in {"ImageNet", "ImageFolder"}:
+        arguments += ["--data.root", str(class_folders)]
+    if name.startswith("classification/"):
+        arguments += ["--model.pretrained", "false"]  # nothing is downloaded here
+        monkeypatch.setattr(Transfer, "categories", {0: "aeroplane", 1: "bird"})
     built = BuildOnly(Run("fit", arguments, tmp_path / "run", "default"))
     assert built.ran == "fit"
     assert isinstance(built.trainer, Trainer)

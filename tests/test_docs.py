@@ -101,7 +101,7 @@ def launched_by_torchrun(words):
 
 @pytest.mark.parametrize("script", blocks("slurm"))
 def test_a_documented_slurm_script_starts_what_it_asks_for(script, folder, cli, monkeypatch, tmp_path):
-    """Bash reads it, its tasks and nodes are those of the Trainer, as Lightning demands, and effvit knows the options."""
+    """Bash reads it, tasks and nodes are those of the Trainer (Lightning demands it), effvit knows the options."""
     monkeypatch.chdir(folder)
     (tmp_path / "job.sh").write_text(script)
     subprocess.run(["bash", "-n", tmp_path / "job.sh"], check=True)

@@ -37,7 +37,8 @@ class Seen(Callback):
 
 def torchrun(*words, cwd):
     """``torchrun`` with two processes, as a user types it, without a GPU and with modules of the folder."""
-    environment = os.environ | {
+    # A command that ran in this process has left its run folder there for processes of its own.
+    environment = {name: value for name, value in os.environ.items() if name != "EFFVIT_RUN_DIR"} | {
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(cwd), os.environ.get("PYTHONPATH")])),
     }
