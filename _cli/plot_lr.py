@@ -21,6 +21,7 @@ from effvit.tasks.schedules import WarmupCosine
 #: Training images as published. COCO: the recipes leave out the 1,021 images of train2017 without an object.
 _IMAGES = {
     "ImageNet": 1_281_167,
+    "DigitImages": 1_438,
     "CocoDetection": 117_266,
     "cifar10": 50_000,
     "cifar100": 50_000,
@@ -59,6 +60,7 @@ class Curve:
         name: Of the configuration.
         global_batch: Images of an optimizer step.
         epochs: Length of the training.
+        images: Training images, as published; ``None`` where nobody knows.
         steps_per_epoch: Optimizer steps of an epoch; ``None`` where nobody knows.
         kinds: What has a learning rate of its own.
         corners: Where the curve begins, bends and ends.
@@ -68,6 +70,7 @@ class Curve:
     name: str
     global_batch: int
     epochs: int
+    images: int | None
     steps_per_epoch: int | None
     kinds: tuple[str, ...]
     corners: list[Corner]
@@ -85,7 +88,9 @@ def plot_lr(name: str, global_batch: int | None, output: Path) -> None:
     if global_batch is not None and global_batch < 1:
         raise ConfigError(f"--global_batch is {global_batch}; it must be 1 or more.")
     curve = learning_rate_of(name, global_batch)
-    steps = "steps an epoch: unknown" if curve.steps_per_epoch is None else f"{curve.steps_per_epoch} steps an epoch"
+    steps = "steps an epoch: unknown"
+    if curve.steps_per_epoch is not None:
+        steps = f"{curve.steps_per_epoch} steps an epoch of {curve.images:,} images"
     print(f"{curve.name}: {curve.epochs} epochs, global batch {curve.global_batch}, {steps}")
     width = max(len(corner.name) for corner in curve.corners)
     print(f"{'':{width}}  epoch     step  " + "  ".join(f"{kind:>12}" for kind in curve.kinds))
@@ -115,10 +120,11 @@ def learning_rate_of(name: str, global_batch: int | None = None) -> Curve:
     given_for = model.get("lr_batch_size")
     batch = global_batch or given_for or _published_batch(config, data)
     optimizer, kinds = _optimizer(model, batch / given_for if given_for else 1.0)
-    steps = _steps_per_epoch(config, data, batch)
+    images = _images(config, data)
+    steps = None if images is None else _steps_per_epoch(images, data, batch)
     rates, corners = _schedule(name, model, optimizer, epochs, steps)
     points = _line(rates, epochs, steps, fine=_moves_by_step(model))
-    return Curve(name, batch, epochs, steps, kinds, corners, points)
+    return Curve(name, batch, epochs, images, steps, kinds, corners, points)
 
 
 def _arguments(config: dict[str, Any], key: str) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def _optimizer(model: dict[str, Any], factor: float) -> tuple[torch.optim.Optimi
     lr = float(_arguments(model, "optimizer")["lr"]) * factor
     scale, frozen = float(model.get("backbone_lr_scale", 1.0)), int(model.get("frozen_epochs", 0))
     groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr, "lr_scale": 1.0, "frozen_epochs": 0}]
-    kinds = ("all",)
+    kinds: tuple[str, ...] = ("all",)
     if scale != 1.0 or frozen:
         own = {"lr": lr * scale, "lr_scale": scale, "frozen_epochs": frozen}
         groups.append({"params": [torch.nn.Parameter(torch.zeros(1))], **own})
@@ -143,12 +149,15 @@ def _optimizer(model: dict[str, Any], factor: float) -> tuple[torch.optim.Optimi
     return torch.optim.SGD(groups), kinds
 
 
-def _steps_per_epoch(config: dict[str, Any], data: dict[str, Any], batch: int) -> int | None:
-    """Optimizer steps of an epoch on the published data; for batches of many sizes, their mean."""
+def _images(config: dict[str, Any], data: dict[str, Any]) -> int | None:
+    """Training images of the published data."""
     kind = str((config.get("data") or {}).get("class_path", "")).rpartition(".")[2]
-    images = data.get("num_train") or _IMAGES.get(str(data.get("name")) if kind == "Transfer" else kind)
-    if not images:
-        return None
+    made: int | None = data.get("num_train")
+    return made or _IMAGES.get(str(data.get("name")) if kind == "Transfer" else kind)
+
+
+def _steps_per_epoch(images: int, data: dict[str, Any], batch: int) -> int:
+    """Optimizer steps of an epoch; for batches of many sizes, their mean."""
     if sizes := data.get("multi_scale"):
         area, own = int(data["image_size"]) ** 2, int(data["batch_size"])
         mean = sum(area * own // size**2 for size in sizes) / len(sizes)

@@ -106,7 +106,10 @@ def test_the_command_prints_a_table_and_draws(cli, tmp_path):
     done = cli.run("configs", "--plot-lr", "classification/dynamicvit_small", "--output", tmp_path / "new" / "lr.png")
     assert done.code == 0, done.err
     lines = done.out.splitlines()
-    assert lines[0] == "classification/dynamicvit_small: 30 epochs, global batch 1024, 1252 steps an epoch"
+    assert (
+        lines[0]
+        == "classification/dynamicvit_small: 30 epochs, global batch 1024, 1252 steps an epoch of 1,281,167 images"
+    )
     assert lines[1].split() == ["epoch", "step", "new", "backbone"]
     assert ["warm-up", "over", "5", "6260", "0.001", "1e-05"] in [line.split() for line in lines]
     picture = cv2.imread(str(tmp_path / "new" / "lr.png"))
