@@ -160,7 +160,7 @@ def _steps_per_epoch(images: int, data: dict[str, Any], batch: int) -> int:
     """Optimizer steps of an epoch; for batches of many sizes, their mean."""
     if sizes := data.get("multi_scale"):
         area, own = int(data["image_size"]) ** 2, int(data["batch_size"])
-        mean = sum(area * own // size**2 for size in sizes) / len(sizes)
+        mean: float = sum(area * own // size**2 for size in sizes) / len(sizes)
         return math.ceil(images / (mean * batch / own))
     order = SquareBatches(images, batch, 1, repeats=int(data.get("repeats", 1)), seed=0, ranks=(1, 0))
     return len(order)
