@@ -136,22 +136,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="how often each variant is visited")
     parser.add_argument("--images", type=int, default=64, help="pictures to write and read")
-    parser.add_argument("--interpolation", choices=("bilinear", "bicubic"), default="bilinear")
+    parser.add_argument(
+        "--interpolation",
+        choices=("bilinear", "bicubic"),
+        nargs="+",
+        default=["bilinear", "bicubic"],
+        help="of the resized crop: torchvision's default, and that of the published recipes",
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    how = options.interpolation
     with tempfile.TemporaryDirectory() as folder:
         files = write_data(Path(folder), options.images)
         check_equal(files)
         rows = []
-        for title, augment in ((f"RandAugment, {how}", True), (f"crop and flip only, {how}", False)):
+        for how, augment in itertools.product(options.interpolation, (True, False)):
             policy: Policy = "rand_augment_torchvision" if augment else "none"
             variants: dict[str, Callable[[], object]] = {
                 "torchvision v2, Pillow": peer(files, augment=augment, interpolation=how),
                 "ours": ours(files, policy=policy, interpolation=how),
                 "ours, normalised on the same core": ours(files, policy=policy, interpolation=how, normalise=True),
             }
+            title = f"{'RandAugment' if augment else 'crop and flip only'}, {how}"
             rows.append(measure(title, variants, items=BATCH, rounds=options.rounds))
         print(to_markdown(rows), end="\n\n")
     print(environment())
