@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from effvit import __version__
 from effvit._cli.launch import INPUT_SETTINGS, OWN_OPTIONS, Run
 from effvit._cli.parser import Parser
-from effvit.callbacks import EMA, Progress, RunCheckpoint, RunReport
+from effvit.callbacks import EMA, ClassificationReport, Progress, RunCheckpoint, RunReport
 from effvit.categories import Categories
 from effvit import datamodules
 from effvit.errors import CheckpointError, ConfigError, EffvitError
@@ -214,7 +214,7 @@ class EffvitCLI(LightningCLI):
             callbacks += [EMA(decay)] if decay else []
             callbacks += [RunCheckpoint(self._get(self.config_init, "save_every_n_steps"))]
         if self.subcommand != "predict":
-            callbacks += [RunReport()]
+            callbacks += [RunReport(), ClassificationReport()]
         return callbacks
 
     def _loggers(self) -> list[Logger] | bool:

@@ -118,8 +118,6 @@ class Task(LightningModule):
         if self._lr_scheduler is not None:
             schedule = self._lr_scheduler(optimizer)
             own = isinstance(schedule, WarmupCosine)
-            if own and self._trainer is not None:
-                schedule.bind(*self._length())
             schedulers.append({"scheduler": schedule, "interval": "step" if own else "epoch", "name": "schedule"})
         return [optimizer], schedulers
 
@@ -135,7 +133,6 @@ class Task(LightningModule):
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ConfigError("a cosine schedule needs to know its end: set trainer.max_epochs to 1 or more")
-        self.trainer.fit_loop.setup_data()
         batches = self.trainer.num_training_batches
         return epochs, None if batches == float("inf") else -(-int(batches) // self.trainer.accumulate_grad_batches)
 
@@ -144,7 +141,13 @@ class Task(LightningModule):
         self.train()
 
     def on_train_start(self) -> None:
-        """Writes the arithmetic of batch and learning rate into the log."""
+        """Tells the schedule how long the training is, and writes the arithmetic of its learning rate into the log.
+
+        Not before: where the optimizer is made, the number of batches is not known yet, and asking for it would make
+        the loaders before a resumed run has restored their state.
+        """
+        for schedule in self._cosines():
+            schedule.bind(*self._length())
         if self.global_batch() and self.trainer.is_global_zero:
             _log.info("%s; %s; %s", self._batch_arithmetic(), self._rate_arithmetic(), self._step_arithmetic())
 
@@ -172,10 +175,14 @@ class Task(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Tells the schedule which epoch it is."""
+        for schedule in self._cosines():
+            schedule.start_epoch(self.current_epoch)
+
+    def _cosines(self) -> list[WarmupCosine]:
+        """The schedules that follow the training themselves."""
         schedulers = self.lr_schedulers()
-        for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-            if isinstance(scheduler, WarmupCosine):
-                scheduler.start_epoch(self.current_epoch)
+        several = schedulers if isinstance(schedulers, list) else [schedulers]
+        return [schedule for schedule in several if isinstance(schedule, WarmupCosine)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes that the weights inside supersede any starting point, which need not exist where they are loaded."""

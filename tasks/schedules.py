@@ -140,9 +140,10 @@ class WarmupCosine(LRScheduler):
         return {"epoch": self._epoch, "steps": self.last_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from `state_dict`, with the learning rates that this configuration gives there."""
+        """Goes on from `state_dict`, with the learning rates that this configuration gives there once it is bound."""
         self._epoch, self.last_epoch = int(state_dict["epoch"]), int(state_dict["steps"])
-        self._apply()
+        if self._epochs is not None:
+            self._apply()
 
     def _apply(self) -> None:
         self._last_lr = self.get_lr()
