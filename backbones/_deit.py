@@ -17,7 +17,11 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) ->
     """Attention to the kept tokens and to oneself (paper §3.3).
 
     As in the official code, every weight has EPSILON / N added before the row is divided by its sum: gradients reach
-    decisions whose tokens no query attends to, and a dropped token leaks about a millionth into the others.
+    decisions whose tokens no query attends to, and a dropped token leaks at most a millionth into the others.
+
+    Unlike there, scores are relative to the best one of a kept token, and a dropped token that scores higher counts as
+    that much. Else, where attention is sharp, the best token alone would be dropped, all that is left would vanish
+    beside EPSILON, and the decision's gradient would be up to 1 / EPSILON times as large, which keeps it from learning.
 
     Args:
         query: ``(B, heads, N, C)``.
@@ -34,7 +38,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor) ->
     count = keep.shape[1]
     keys = keep[:, None, None]
     allowed = keys + (1 - keys) * torch.eye(count, dtype=keep.dtype, device=keep.device)
-    weights = (scores - scores.detach().amax(-1, keepdim=True)).exp() * allowed
+    best = scores.detach().masked_fill(allowed.detach() < 0.5, -torch.inf).amax(-1, keepdim=True)
+    weights = (scores - best).clamp(max=0).exp() * allowed
     weights = (weights + EPSILON / count) / (weights.sum(-1, keepdim=True) + EPSILON)
     out: Tensor = weights.to(value.dtype) @ value
     return out

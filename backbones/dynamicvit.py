@@ -17,6 +17,8 @@ class token always stays. Parameters carry the official names, which for the tru
   left after 3, 6 or 9 blocks and those that stayed are of different scale, and a pyramid could not tell which is which.
 * The fused attention of torch wherever nothing is masked. In training the official code masks with "all kept" in the
   first three blocks too, which differs by its epsilon of 1e-6 alone.
+* In training, attention that only a dropped token would have got neither spreads over all tokens nor makes gradients
+  explode, see ``masked_attention``.
 * A mean over no tokens, where every token of an image is dropped in training, is zero instead of NaN.
 """
 

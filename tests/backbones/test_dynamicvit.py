@@ -280,7 +280,7 @@ def test_training_and_inference_agree_on_the_same_decisions(tiny, relative_error
     assert relative_error(found.tokens, expected.tokens) < 1e-11
 
 
-def test_masked_softmax_is_the_official_formula(relative_error):
+def test_masked_softmax_is_the_official_formula_from_the_best_kept_token(relative_error):
     query, key, value = torch.randn(3, 2, 3, 7, 4, dtype=torch.float64)
     keep = (torch.rand(2, 7) > 0.4).double()
     expected = torch.empty_like(value)
@@ -288,11 +288,22 @@ def test_masked_softmax_is_the_official_formula(relative_error):
         for head in range(3):
             for i in range(7):
                 scores = key[image, head] @ query[image, head, i] / 2
-                weights = (scores - scores.max()).exp()
-                weights = torch.stack([w if j == i or keep[image, j] else 0 * w for j, w in enumerate(weights)])
+                left = [j == i or bool(keep[image, j]) for j in range(7)]
+                weights = (scores - scores[left].max()).exp() * torch.tensor(left)
                 weights = (weights + 1e-6 / 7) / (weights.sum() + 1e-6)
                 expected[image, head, i] = weights @ value[image, head]
     assert relative_error(_deit.masked_attention(query, key, value, keep), expected) < 1e-12
+
+
+def test_a_dropped_token_that_all_attend_to_leaves_bounded_gradients():
+    # The first token scores 40 above the others, and is dropped: they attend to each other and to nothing else.
+    query, key, value = torch.ones(1, 1, 5, 4), torch.zeros(1, 1, 5, 4), torch.randn(1, 1, 5, 4)
+    key[:, :, 0] = 20.0
+    keep = torch.tensor([[0.0, 1, 1, 1, 1]], requires_grad=True)
+    out = _deit.masked_attention(query, key, value, keep)
+    assert torch.allclose(out[0, 0, 1:], value[0, 0, 1:].mean(0).expand(4, 4), atol=1e-5)
+    out.sum().backward()
+    assert 0 < keep.grad.abs().max() < 100
 
 
 def test_decisions_are_hard_final_and_carry_soft_gradients():
