@@ -18,12 +18,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from effvit import __version__
+from effvit import __version__, datamodules
 from effvit._cli.launch import INPUT_SETTINGS, OWN_OPTIONS, Run
 from effvit._cli.parser import Parser
 from effvit.callbacks import EMA, ClassificationReport, Progress, RunCheckpoint, RunReport
 from effvit.categories import Categories
-from effvit import datamodules
 from effvit.errors import CheckpointError, ConfigError, EffvitError
 from effvit.tasks import Classification, Detection, Task
 from effvit.tasks.schedules import WarmupCosine

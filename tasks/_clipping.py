@@ -32,6 +32,6 @@ def clip_adaptively(parameters: Iterable[Tensor], factor: float) -> None:
 
 def _unit_norm(value: Tensor) -> Tensor:
     """Euclidean norm over all dimensions but the first, or of a whole vector; broadcasts against ``value``."""
-    if value.dim() <= 1:
-        return torch.linalg.vector_norm(value)
-    return torch.linalg.vector_norm(value, dim=tuple(range(1, value.dim())), keepdim=True)
+    dimensions = tuple(range(1, value.dim())) or None
+    norm: Tensor = torch.linalg.vector_norm(value, dim=dimensions, keepdim=dimensions is not None)
+    return norm

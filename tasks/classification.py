@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from effvit.backbones import create_classifier, outline
-from effvit.errors import ConfigError
+from effvit.errors import ConfigError, did_you_mean
 from effvit.tasks._batch_augmentation import BatchAugmentation
 from effvit.tasks._clipping import clip_adaptively
 from effvit.tasks._distributed import shard, share_buffers
@@ -56,8 +56,9 @@ class Classification(Task):
         mix_probability: Share of the batches that are mixed, in ``[0, 1]``.
         switch_probability: Share of the mixed batches that CutMix gets where both are on, in ``[0, 1]``.
         random_erasing: Probability that an image gets a rectangle of noise, in ``[0, 1]``.
-        freeze: What stays as it is, with its BatchNorm statistics: ``backbone`` for all of it (a linear probe), or a
-            number of steps from the stem on, of those that ``layer_decay`` counts.
+        freeze: What stays as it is, with its BatchNorm statistics: ``backbone`` for all of it (a linear probe), a
+            number of steps from the stem on, of those that ``layer_decay`` counts, or a list of what the names of the
+            backbone's parameters begin with.
         norm_eval: Keep all BatchNorm statistics fixed during training.
         layer_decay: Factor on the learning rate for each step from the head down to the stem, in ``(0, 1]``.
         decay_all: Weight decay on norms, biases and what the authors leave out too, as in MobileViT's recipe.
@@ -102,7 +103,7 @@ class Classification(Task):
         mix_probability: float = 1.0,
         switch_probability: float = 0.5,
         random_erasing: float = 0.0,
-        freeze: int | Literal["backbone"] = 0,
+        freeze: int | Literal["backbone"] | list[str] = 0,
         norm_eval: bool = False,
         layer_decay: float = 1.0,
         decay_all: bool = False,
@@ -126,7 +127,7 @@ class Classification(Task):
         super().__init__(categories, optimizer, lr_scheduler, lr_batch_size=lr_batch_size)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         _check_options(self.hparams)
-        self.freeze_steps = freeze
+        self.frozen = freeze
         self.norm_eval = norm_eval
         self.layer_decay = layer_decay
         self.decay_all = decay_all
@@ -207,24 +208,31 @@ class Classification(Task):
 
     def _is_frozen(self, name: str) -> bool:
         """Whether a parameter of this module stays as it is."""
-        if self.freeze_steps == "backbone":
-            return name.startswith("network.backbone.")
-        return self.depth_of(name) < self.freeze_steps
+        if isinstance(self.frozen, int):
+            return self.depth_of(name) < self.frozen
+        inside = name.removeprefix("network.backbone.")
+        return inside != name and (self.frozen == "backbone" or inside.startswith(tuple(self.frozen)))
 
     def _freeze(self) -> None:
-        freeze, steps = self.freeze_steps, self.network.backbone.num_layers
-        if freeze != "backbone" and freeze > steps:
-            raise ConfigError(f"freeze must be at most {steps}, the steps of {self.hparams['backbone']}, not {freeze}")
+        names = [name for name, _ in self.network.backbone.named_parameters()]
+        steps = self.network.backbone.num_layers
+        if isinstance(self.frozen, int) and not 0 <= self.frozen <= steps:
+            raise ConfigError(
+                f"freeze must be 0 to {steps}, the steps of {self.hparams['backbone']}, not {self.frozen}"
+            )
+        for start in self.frozen if isinstance(self.frozen, list) else ():
+            if not any(name.startswith(start) for name in names):
+                raise ConfigError(f"no parameter's name begins with {start!r} (freeze). {did_you_mean(start, names)}")
         for name, parameter in self.named_parameters():
             if self._is_frozen(name):
-                parameter.requires_grad_(requires_grad=False)
+                parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Classification:
         """Training or eval mode; what is frozen stays in eval mode, with its statistics, dropout and dropped paths."""
         super().train(mode)
         if mode and self.norm_eval:
             freeze_norm_statistics(self.network)
-        if mode and self.freeze_steps:
+        if mode and self.frozen:
             for name, module in self.named_modules():
                 inside = name.startswith("network.backbone.") and not any(module.children())
                 if inside and self._is_frozen(f"{name}.weight"):
@@ -354,5 +362,5 @@ def _check_options(options: Any) -> None:
         if options[name] < 0:
             raise ConfigError(f"{name} must be 0 or more, not {options[name]}")
     freeze = options["freeze"]
-    if freeze != "backbone" and (not isinstance(freeze, int) or freeze < 0):
-        raise ConfigError(f"freeze must be 'backbone' or a number of steps from 0 on, not {freeze!r}")
+    if freeze != "backbone" and not isinstance(freeze, int | list):
+        raise ConfigError(f"freeze must be 'backbone', a number of steps or a list of names, not {freeze!r}")

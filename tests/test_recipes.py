@@ -148,8 +148,8 @@ def test_dynamicvit():
     found = recipe("dynamicvit_small")
     assert (found.optimizer["lr"], found.optimizer["weight_decay"]) == (1e-3, 0.05)
     assert found.schedule == {"warmup_epochs": 5, "warmup_lr": 0.0, "min_lr": 1e-6, "every": "step"}
-    weights = ("ratio_weight", "token_weight", "kl_weight", "backbone_lr_scale", "frozen_epochs")
-    assert [found.model[key] for key in weights] == [2.0, 0.5, 0.5, 0.01, 5]
+    weights = ("ratio_weight", "token_weight", "kl_weight", "backbone_lr_scale", "frozen_epochs", "freeze")
+    assert [found.model[key] for key in weights] == [2.0, 0.5, 0.5, 0.01, 5, ["cls_token", "pos_embed"]]
     assert found.model["backbone_options"] == {"keep_ratio": 0.7}
     assert (found.model["teacher"], found.model["teacher_options"]) == ("dynamicvit_small", {"keep_ratio": 1.0})
     assert found.model["pretrained"] is True

@@ -136,8 +136,16 @@ def test_the_first_steps_of_a_backbone_can_be_frozen_with_their_statistics():
     for name, module in backbone.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.training == (backbone.layer_of(f"{name}.weight") >= 2), name
-    with pytest.raises(ConfigError, match=r"freeze must be at most \d+, the steps of efficientvit_m0, not 99"):
+    with pytest.raises(ConfigError, match=r"freeze must be 0 to \d+, the steps of efficientvit_m0, not 99"):
         small(freeze=99)
+
+
+def test_parameters_can_be_frozen_by_name():
+    task = small("dynamicvit_tiny", freeze=["cls_token", "pos_embed"])
+    frozen = {name for name, parameter in task.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"network.backbone.cls_token", "network.backbone.pos_embed"}
+    with pytest.raises(ConfigError, match=r"begins with 'pos_embd' \(freeze\)\. Did you mean 'pos_embed'"):
+        small("dynamicvit_tiny", freeze=["pos_embd"])
 
 
 def test_fixed_statistics_leave_the_affine_parameters_to_train():
@@ -302,7 +310,7 @@ def test_weights_of_other_classes_or_another_network_are_refused_with_the_reason
         ({"layer_decay": 0}, "layer_decay must be above 0"),
         ({"clip_adaptive": 0}, "clip_adaptive must be positive"),
         ({"ratio_weight": -1}, "ratio_weight must be 0 or more"),
-        ({"freeze": "stem"}, "freeze must be 'backbone' or a number of steps"),
+        ({"freeze": "stem"}, "freeze must be 'backbone', a number of steps or a list"),
         ({"lr_batch_size": 0}, "lr_batch_size must be 1 or more"),
     ],
 )
