@@ -15,10 +15,11 @@ Train, evaluate and use efficient vision transformers on your own images.
   fit         train                     effvit fit -c detection/digits
   validate    evaluate on validation    effvit validate --checkpoint runs/digits/best.ckpt
   test        evaluate on test images   effvit test --checkpoint runs/digits/best.ckpt
-  predict     detect in any images      effvit predict --checkpoint runs/digits/best.ckpt --images folder/
+  predict     apply to any images       effvit predict --checkpoint runs/digits/best.ckpt --images folder/
 
   backbones   list the networks         effvit backbones 'efficientvit_*'
   configs     list shipped configs      effvit configs
+              or draw a learning rate   effvit configs --plot-lr classification/efficientvit_m4
   check-data  find faults in a data set effvit check-data my_data/
 
 -c takes a path or the name of a shipped config, and may repeat: later ones win, and options win over all of them.

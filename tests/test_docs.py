@@ -9,6 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -16,11 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 #: Makes a documented training take seconds; everything else about it stays as written.
-BRIEF = (
-    "--trainer.max_steps 2 --trainer.limit_val_batches 2 --model.pyramid_channels 16 --model.head_convs 1 "
-    "--data.num_workers 0"
-).split()
-BRIEF_IMAGES = {"digits": ["--data.num_train", "16", "--data.num_val", "4"], None: ["--data.image_size", "[96,64]"]}
+BRIEF = "--trainer.max_steps 2 --trainer.limit_val_batches 2 --data.num_workers 0".split()
+BRIEF_DETECTOR = [*BRIEF, "--model.pyramid_channels", "16", "--model.head_convs", "1"]
+BRIEF_TRAININGS = {
+    "detection/digits": [*BRIEF_DETECTOR, "--data.num_train", "16", "--data.num_val", "4"],
+    "detection/": [*BRIEF_DETECTOR, "--data.image_size", "[96,64]"],
+    "classification/": [*BRIEF, "--data.image_size", "64", "--data.batch_size", "4", "--data.val_batch_size", "4"],
+}
 #: What the commands do outside effvit is tried by `.ci/run` and by running this suite.
 OUTSIDE = ("pip install", "pytest")
 
@@ -42,7 +46,7 @@ def commands():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tiny_coco_run):
-    """A working folder with ``my_data/``, ``coco/``, ``my_images/``, pretrained weights and a finished run."""
+    """A working folder with ``my_data/``, ``coco/``, ``my_images/``, ``photos/``, weights and finished runs."""
     from effvit.backbones import create_backbone
 
     data, run = tiny_coco_run
@@ -52,11 +56,40 @@ def folder(tmp_path_factory, tiny_coco_run):
     shutil.copytree(data / "val", where / "my_images")
     shutil.copytree(run, where / "runs" / "finetune")
     torch.save({"model": create_backbone("efficientvit_m4").state_dict()}, where / "efficientvit_m4.pth")
+    write_class_folders(where / "photos")
     return where
 
 
+@pytest.fixture(scope="module")
+def classified(folder, cli):
+    """The same folder with a finished run of classification."""
+    words = "fit -c classification/transfer --model.backbone efficientvit_m0".split()
+    done = cli.run(
+        *words,
+        *BRIEF_TRAININGS["classification/"],
+        "--data.root",
+        folder / "photos",
+        "--run_dir",
+        folder / "runs" / "transfer",
+    )
+    assert done.code == 0, done.err
+    return folder
+
+
+def write_class_folders(root):
+    """Two classes of small noisy photographs, 6 for training and 3 for validation each."""
+    random = np.random.default_rng(0)
+    for split, number in (("train", 6), ("val", 3)):
+        for name, channel in (("ants", 0), ("bees", 2)):
+            (root / split / name).mkdir(parents=True)
+            for index in range(number):
+                pixels = random.integers(0, 200, (48, 64, 3), dtype=np.uint8)
+                pixels[..., channel] = 255
+                cv2.imwrite(str(root / split / name / f"{index}.jpg"), pixels)
+
+
 @pytest.mark.parametrize("command", commands())
-def test_a_documented_command_runs(command, folder, cli, monkeypatch):
+def test_a_documented_command_runs(command, folder, cli, monkeypatch, request):
     if command.startswith(OUTSIDE):
         assert command in (ROOT / ".ci" / "run").read_text() or command in {
             "pip install -e .",
@@ -75,8 +108,11 @@ def test_a_documented_command_runs(command, folder, cli, monkeypatch):
         return
     assert words[0] == "effvit", command
     words = words[1:]
+    if "runs/transfer/best.ckpt" in words:
+        request.getfixturevalue("classified")
     if words[0] == "fit" and "--resume" not in words:
-        words += BRIEF + BRIEF_IMAGES["digits" if "detection/digits" in words else None]
+        config = words[words.index("-c") + 1]
+        words += next(brief for start, brief in BRIEF_TRAININGS.items() if config.startswith(start))
     if "ddp" in words:
         process = cli.start(*words, cwd=folder)
         said = process.communicate()[0]
@@ -115,8 +151,8 @@ def test_a_documented_slurm_script_starts_what_it_asks_for(script, folder, cli, 
 
 
 @pytest.mark.parametrize("source", blocks("python"))
-def test_a_documented_example_runs(source, folder, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_a_documented_example_runs(source, classified, monkeypatch):
+    monkeypatch.chdir(classified)
     exec(compile(source, "example", "exec"), {})
 
 
