@@ -23,7 +23,10 @@ BRIEF_DETECTOR = [*BRIEF, "--model.pyramid_channels", "16", "--model.head_convs"
 BRIEF_TRAININGS = {
     "detection/digits": [*BRIEF_DETECTOR, "--data.num_train", "16", "--data.num_val", "4"],
     "detection/": [*BRIEF_DETECTOR, "--data.image_size", "[96,64]"],
-    "classification/": [*BRIEF, "--data.image_size", "64", "--data.batch_size", "4", "--data.val_batch_size", "4"],
+    "classification/": (
+        "--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.limit_val_batches 1 --data.num_workers 0 "
+        "--data.image_size 32 --data.batch_size 4 --data.val_batch_size 4"
+    ).split(),
 }
 #: What the commands do outside effvit is tried by `.ci/run` and by running this suite.
 OUTSIDE = ("pip install", "pytest")

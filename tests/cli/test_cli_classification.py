@@ -188,22 +188,3 @@ def test_mistakes_are_named_with_what_to_do(words, message, photographs, cli, tm
     assert done.code in {1, 2}
     assert message in done.err
     assert "Traceback" not in done.err
-
-
-@pytest.mark.slow
-def test_the_embedded_default_reaches_97_percent(cli, tmp_path):
-    done = cli.run("fit", "-c", "classification/digits", "--run_dir", tmp_path / "run")
-    assert done.code == 0, done.err
-    assert max(logged(tmp_path / "run", "val/top1")) >= 0.97
-
-
-@pytest.mark.slow
-@pytest.mark.realdata
-def test_ants_and_bees_are_told_apart_from_random_weights(real_data, cli, tmp_path):
-    done = cli.run(
-        "fit", "-c", "classification/transfer", "--model.backbone", "mobilevit_xxs", "--data.root",
-        real_data / "ants_bees", "--data.image_size", 128, "--run_dir", tmp_path / "run",
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    # 80 images: chance is 0.5 with a standard deviation of 0.056.
-    assert max(logged(tmp_path / "run", "val/top1")) > 0.62
