@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from abc import abstractmethod
-from itertools import accumulate, cycle, islice
+from itertools import accumulate, count, cycle, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -211,12 +211,14 @@ class MultiScaleBatches(SquareViews):
     A batch of size ``s`` holds ``floor(size² · batch_size / s²)`` images (for size 256 and 128 images: 327 of 160 px,
     227 of 192, 101 of 288, 81 of 320), so that a step costs about the same at any size; at least 2, for BatchNorm's
     sake, unless ``batch_size`` is 1. The order of sizes is drawn for each epoch, alike in all processes (Mehta and
-    Rastegari, arXiv 2110.02178, §3.2; ``variable_batch_sampler.py`` of ml-cvnets). Images that are missing in the last
-    batches are the first of the order.
+    Rastegari, arXiv 2110.02178, §3.2; ``variable_batch_sampler.py`` of ml-cvnets).
 
-    The official sampler draws each size on its own, so that epochs differ in their number of steps. Here the sizes of
-    an epoch are a shuffled list in which each comes equally often: every epoch has the same known length, which
-    learning-rate schedules by steps and Lightning's exact resumption need, and shows every image all the same.
+    The official sampler draws each size on its own, so that epochs differ in their number of steps. Here every epoch
+    has the same known length, which learning-rate schedules by steps and Lightning's exact resumption need, and shows
+    every image: as many rounds of one full batch of each size as the images fill, and what is left over in smaller
+    batches of some of the sizes, other ones in each epoch, so that over the epochs each size comes equally often. A set
+    that fills no round, of a few hundred images, is all such rest. Only where a batch of the rest would hold a single
+    image does one come a second time, augmented anew.
 
     Args:
         num_images: Number of images.
@@ -242,29 +244,47 @@ class MultiScaleBatches(SquareViews):
         super().__init__(num_images, batch_size, size, repeats=repeats, seed=seed, ranks=ranks)
         least = min(2, batch_size)
         self.scales = [(other, max(least, size * size * batch_size // (other * other))) for other in sorted(sizes)]
+        self._least = least
+        self._rounds, self._left = divmod(self._num_samples(), sum(number for _, number in self.scales))
+        # Enough for what is left over with whatever size they begin, so that all epochs are equally long.
+        self._rest = max(self._needed_from(first) for first in range(len(self.scales)))
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return len(self._scales_of_epoch())
+        return self._rounds * len(self.scales) + self._rest
 
     def state(self) -> dict[str, Any]:
         """What the order depends on, besides the epoch."""
         return {**super().state(), "sizes": [size for size, _ in self.scales]}
 
-    def _scales_of_epoch(self) -> list[tuple[int, int]]:
-        """Size and number of images of each batch, in no particular order."""
-        rounds, left = divmod(self._num_samples(), sum(number for _, number in self.scales))
-        # The largest batches, which are the first, take what the full rounds leave over.
-        before = accumulate((number for _, number in self.scales), initial=0)
-        return self.scales * rounds + [scale for scale, taken in zip(self.scales, before, strict=False) if taken < left]
+    def _needed_from(self, first: int) -> int:
+        """Batches of consecutive sizes that hold what the rounds leave over."""
+        before = accumulate((number for _, number in self._from(first)), initial=0)
+        return sum(taken < self._left for taken in islice(before, len(self.scales)))
+
+    def _from(self, first: int) -> list[tuple[int, int]]:
+        return self.scales[first:] + self.scales[:first]
+
+    def _scales_of_rest(self) -> list[tuple[int, int]]:
+        """Size and number of images of the batches that the rounds leave over, cut alike to what there is."""
+        scales = self._from(self.epoch % len(self.scales))[: self._rest]
+        room = sum(number for _, number in scales)
+        ends = [held * self._left // room for held in accumulate((number for _, number in scales), initial=0)]
+        return [(size, max(self._least, ends[i + 1] - ends[i])) for i, (size, _) in enumerate(scales)]
 
     def _batches(self, generator: torch.Generator) -> Iterator[list[tuple[int, int, int, int]]]:
         views = self._views(generator)
-        scales = self._scales_of_epoch()
-        endless = cycle(views)
+        scales = self.scales * self._rounds + self._scales_of_rest()
+        # A view that comes again gets the number of a repeat that there was not yet, hence other random numbers.
+        endless = (key for again in count() for key in self._numbered(views, again))
         for place in torch.randperm(len(scales), generator=generator).tolist():
             size, number = scales[place]
-            yield self._keys(islice(endless, number), size)
+            yield [(*key, size) for key in islice(endless, number)]
+
+    def _numbered(self, views: Sequence[int], again: int) -> Iterator[tuple[int, int, int]]:
+        for view in views:
+            index, repeat = divmod(view, self.repeats)
+            yield self.epoch, index, repeat + again * self.repeats
 
 
 class ResumableLoader(DataLoader[Any]):

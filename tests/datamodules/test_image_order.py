@@ -77,8 +77,9 @@ def test_table_of_mobilevit():
     table = {160: 327, 192: 227, 256: 128, 288: 101, 320: 81}
     batches = multi_scale(20_000, 128, list(table))
     assert dict(batches.scales) == table
-    seen = {(batch[0][3], len(batch)) for batch in batches}
-    assert seen == set(table.items())
+    seen = Counter((batch[0][3], len(batch)) for batch in batches)
+    assert {scale for scale, times in seen.items() if times == 20_000 // sum(table.values())} == set(table.items())
+    assert sum(number * times for (_, number), times in seen.items()) == 20_000
 
 
 def test_every_batch_has_one_size_and_all_ranks_the_same():
@@ -91,25 +92,55 @@ def test_every_batch_has_one_size_and_all_ranks_the_same():
     assert len({size for size, _ in steps[0]}) > 1
 
 
-def test_an_epoch_of_sizes_shows_every_image_and_fills_the_last_batches():
-    shares = [indices(multi_scale(500, 16, [16, 32, 48], (2, rank), size=32)) for rank in range(2)]
-    once = [share[:250] for share in shares]
-    assert sorted(once[0] + once[1]) == list(range(500))
-    assert all(share[250:] == share[: len(share) - 250] for share in shares)
+@pytest.mark.parametrize(
+    ("images", "batch_size", "size", "sizes", "ranks"),
+    [
+        (500, 16, 32, [16, 32, 48], 2),
+        (120, 64, 224, [160, 192, 224, 256, 288], 1),
+        (130, 64, 64, [32, 64, 96], 2),
+        (97, 8, 32, [16, 24, 32, 48], 1),
+    ],
+)
+def test_an_epoch_of_sizes_shows_every_image_and_epochs_every_size_equally_often(
+    images, batch_size, size, sizes, ranks
+):
+    seen, lengths = Counter(), set()
+    for epoch in range(len(sizes)):
+        shares = [
+            list(multi_scale(images, batch_size, sizes, (ranks, r), epoch=epoch, size=size)) for r in range(ranks)
+        ]
+        assert sorted(index for share in shares for index in indices(share)) == list(range(images))
+        table = dict(multi_scale(images, batch_size, sizes, size=size).scales)
+        for batches in zip(*shares, strict=True):
+            assert len({(key[3], len(batch)) for batch in batches for key in batch}) == 1
+            assert 2 <= len(batches[0]) <= table[batches[0][0][3]]
+        seen.update(batch[0][3] for batch in shares[0])
+        lengths.add(len(shares[0]))
+    assert lengths == {len(multi_scale(images, batch_size, sizes, (ranks, 0), size=size))}
+    assert set(seen) == set(sizes)
+    assert len(set(seen.values())) == 1
 
 
-def test_a_set_smaller_than_a_batch_is_cycled():
+def test_a_set_smaller_than_a_batch_is_one_batch():
     (batch,) = multi_scale(3, 8, [32], size=32)
-    assert sorted(Counter(key[1] for key in batch).values()) == [2, 3, 3]
+    assert sorted(key[1] for key in batch) == [0, 1, 2]
+
+
+def test_an_image_that_comes_again_is_augmented_anew():
+    for repeats in (1, 3):
+        full, rest = sorted(multi_scale(9, 8, [32], size=32, repeats=repeats), key=len, reverse=True)
+        assert [len(full), len(rest)] == [8, 2]
+        assert len({key[:3] for key in full + rest}) == 10
+    assert [key[2] for key in next(iter(multi_scale(1, 8, [32], size=32)))] == [0, 1]
 
 
 def test_epochs_draw_another_order_of_sizes_and_have_the_same_length():
     epochs = [multi_scale(2000, 16, [16, 32, 64], epoch=epoch, size=32) for epoch in range(3)]
     sizes = [[batch[0][3] for batch in batches] for batches in epochs]
     assert sizes[0] != sizes[1] != sizes[2]
-    # 64 + 16 + 4 images a round: 23 rounds show 1932, and one batch of 64 and one of 16 the other 68.
-    assert [len(batches) for batches in epochs] == [len(drawn) for drawn in sizes] == [71] * 3
-    assert Counter(sizes[0]) == {16: 24, 32: 24, 64: 23}
+    # 64 + 16 + 4 images a round: 23 rounds show 1932; the other 68 need 3 batches where they begin with 16.
+    assert [len(batches) for batches in epochs] == [len(drawn) for drawn in sizes] == [72] * 3
+    assert Counter(sizes[0]) == {16: 24, 32: 24, 64: 24}
     assert multi_scale(50, 2, [64], size=16).scales == [(64, 2)]  # BatchNorm needs two
 
 
