@@ -129,7 +129,7 @@ class ClassificationReport(Callback):
         if not trainer.is_global_zero or not hasattr(result, "confusion") or result is self._reported:
             return
         folder, names = run_folder(trainer), cast("Categories", pl_module.categories).names
-        title = f"step {trainer.global_step}" if trainer.state.fn == "fit" else str(trainer.state.fn)
+        title = f"{split}, step {trainer.global_step}" if trainer.global_step else split
         for name in ("top1", "top5", "ece"):
             title += f"   {name} {result.metrics[name]:.3f}" if name in result.metrics else ""
         draw_confusion(folder / "confusion.png", result.confusion, names, result.calibration, title)

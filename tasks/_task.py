@@ -137,8 +137,14 @@ class Task(LightningModule):
         return epochs, None if batches == float("inf") else -(-int(batches) // self.trainer.accumulate_grad_batches)
 
     def on_fit_start(self) -> None:
-        """Puts the network into training mode, which Lightning leaves to the module since version 2.2."""
+        """Puts the network into training mode, which Lightning leaves to the module since version 2.2.
+
+        Each process gets random numbers of its own: all were built from one seed, and would mix their images and drop
+        their paths and tokens alike. A resumed run restores them afterwards.
+        """
         self.train()
+        if self.trainer.global_rank:
+            torch.manual_seed(torch.initial_seed() + self.trainer.global_rank)
 
     def on_train_start(self) -> None:
         """Tells the schedule how long the training is, and writes the arithmetic of its learning rate into the log.
@@ -163,6 +169,8 @@ class Task(LightningModule):
     def _rate_arithmetic(self) -> str:
         group = max(self.trainer.optimizers[0].param_groups, key=lambda group: group["lr_scale"])
         rate = group.get("initial_lr", group["lr"]) / group["lr_scale"]
+        for schedule in self._cosines():  # its rates are those of this run, the optimizer's may be of the one resumed
+            rate = max(schedule.peak_lr(index) for index in range(len(schedule.base_lrs)))
         if not self._lr_batch_size:
             return f"learning rate {rate:g}"
         given = rate * self._lr_batch_size / self.global_batch()
@@ -206,8 +214,20 @@ class Task(LightningModule):
         self.load_state_dict(state_dict)
 
     def start_from(self, path: str) -> None:
-        """Loads all weights of a run's checkpoint as the starting point; see `load_weights`."""
-        self.load_weights(read_run(path)["state_dict"], path)
+        """Loads all weights of a run's checkpoint as the starting point; see `load_weights`.
+
+        Raises:
+            CheckpointError: As `load_weights`, or the classes have other names.
+        """
+        content = read_run(path)
+        self.load_weights(content["state_dict"], path)
+        stored = content["hyper_parameters"].get("categories")
+        if stored is not None and Categories(stored) != self.categories:
+            raise CheckpointError(
+                f"{path} was trained on other classes, {_brief(Categories(stored).names)}; the data has "
+                f"{_brief(self.categories.names)}. Use data that declares the same ones, or start from its backbone "
+                "with --model.pretrained."
+            )
 
     def classes_in(self, state_dict: dict[str, Tensor]) -> tuple[str, int] | None:
         """Prefix of the parameters that depend on the number of classes, and that number in given weights."""

@@ -25,7 +25,7 @@ from effvit.tasks._task import (
     normalise,
 )
 from effvit.tasks.metrics.classification import ClassificationEvaluator, ClassificationResult
-from effvit.tasks.objectives import build_teacher, make_objective
+from effvit.tasks.objectives import build_teacher, check_options, make_objective
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Classification(Task):
         norm_eval: Keep all BatchNorm statistics fixed during training.
         layer_decay: Factor on the learning rate for each step from the head down to the stem, in ``(0, 1]``.
         decay_all: Weight decay on norms, biases and what the authors leave out too, as in MobileViT's recipe.
-        clip_adaptive: Adaptive gradient clipping with this factor (AGC), all but the last layer; ``null`` for none.
+        clip_adaptive: Adaptive gradient clipping with this factor (AGC); ``null`` for none.
         teacher: Network to learn from: a backbone's name, ``timm/`` and any name of timm's, or a run's checkpoint.
         teacher_pretrained: Its weights: ``true`` for the published file, or the path of a file.
         teacher_options: Options of its family by name.
@@ -103,7 +103,7 @@ class Classification(Task):
         mix_probability: float = 1.0,
         switch_probability: float = 0.5,
         random_erasing: float = 0.0,
-        freeze: int | Literal["backbone"] | list[str] = 0,
+        freeze: int | str | list[str] = 0,
         norm_eval: bool = False,
         layer_decay: float = 1.0,
         decay_all: bool = False,
@@ -232,7 +232,9 @@ class Classification(Task):
         super().train(mode)
         if mode and self.norm_eval:
             freeze_norm_statistics(self.network)
-        if mode and self.frozen:
+        if mode and self.frozen == "backbone":
+            self.network.backbone.eval()
+        elif mode and self.frozen:
             for name, module in self.named_modules():
                 inside = name.startswith("network.backbone.") and not any(module.children())
                 if inside and self._is_frozen(f"{name}.weight"):
@@ -270,15 +272,9 @@ class Classification(Task):
         images = images.to(self.dtype)  # of the weights: float32 unless the Trainer runs in bf16-true or 16-true
         return images.contiguous(memory_format=self.memory_format)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:  # noqa: ARG002 - Lightning's signature
-        """Sum of the losses over one batch; ``None`` where no image of it could be read."""
-        images, labels = self.prepare(batch), batch[1]["labels"]
-        known = labels >= 0
-        if not known.all():
-            images, labels = images[known], labels[known]
-        if not len(images):
-            return None
-        images, target = self.mix(images, labels)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        """Sum of the losses over one batch."""
+        images, target = self.mix(self.prepare(batch), batch[1]["labels"])
         found = self.objective(self.network, images.contiguous(memory_format=self.memory_format), target)
         total = torch.stack(list(found.losses.values())).sum()
         logs = {name: value.detach() for name, value in found.losses.items() if len(found.losses) > 1} | found.logs
@@ -297,9 +293,9 @@ class Classification(Task):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Adaptive clipping where it is on, of all but the last layer as timm does; otherwise the Trainer's."""
+        """Adaptive clipping where it is on, of every parameter as the official ``engine.py`` do, then the Trainer's."""
         if self.clip_adaptive is not None:
-            clip_adaptively(list(self.network.parameters())[:-2], self.clip_adaptive)
+            clip_adaptively(self.network.parameters(), self.clip_adaptive)
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:  # noqa: ARG002 - Lightning's signature
@@ -350,17 +346,21 @@ class Classification(Task):
 
 
 def _check_options(options: Any) -> None:
-    for name in ("distillation_alpha", "label_smoothing"):
-        if not 0 <= options[name] <= 1:
-            raise ConfigError(f"{name} must lie in 0 … 1, not {options[name]}")
+    weights = ("ratio_weight", "token_weight", "kl_weight")
+    check_options(
+        options["label_smoothing"],
+        options["distillation"],
+        options["distillation_alpha"],
+        options["distillation_tau"],
+        **{name: options[name] for name in weights},
+    )
     if not 0 < options["layer_decay"] <= 1:
         raise ConfigError(f"layer_decay must be above 0 and at most 1, not {options['layer_decay']}")
-    for name in ("distillation_tau", "clip_adaptive", "backbone_lr_scale"):
+    for name in ("clip_adaptive", "backbone_lr_scale"):
         if options[name] is not None and options[name] <= 0:
             raise ConfigError(f"{name} must be positive, not {options[name]}")
-    for name in ("ratio_weight", "token_weight", "kl_weight", "frozen_epochs"):
-        if options[name] < 0:
-            raise ConfigError(f"{name} must be 0 or more, not {options[name]}")
+    if options["frozen_epochs"] < 0:
+        raise ConfigError(f"frozen_epochs must be 0 or more, not {options['frozen_epochs']}")
     freeze = options["freeze"]
-    if freeze != "backbone" and not isinstance(freeze, int | list):
+    if freeze != "backbone" and (isinstance(freeze, bool) or not isinstance(freeze, int | list)):
         raise ConfigError(f"freeze must be 'backbone', a number of steps or a list of names, not {freeze!r}")

@@ -302,6 +302,25 @@ def make_objective(
     Raises:
         ConfigError: A value out of its range, or a network that drops tokens and has two heads.
     """
+    weights = {"ratio_weight": ratio_weight, "token_weight": token_weight, "kl_weight": kl_weight}
+    check_options(label_smoothing, distillation, distillation_alpha, distillation_tau, **weights)
+    if isinstance(network.backbone, DynamicViT) and network.backbone.keep_ratio < 1:
+        if network.head_dist is not None:
+            raise ConfigError(f"{network.backbone.info.name} drops tokens, and learns from a teacher with its one head")
+        return Sparsified(network, teacher, label_smoothing, **weights)
+    if teacher is not None:
+        return Distilled(teacher, label_smoothing, distillation, distillation_alpha, distillation_tau)
+    return Supervised(label_smoothing)
+
+
+def check_options(
+    label_smoothing: float, distillation: str, distillation_alpha: float, distillation_tau: float, **weights: float
+) -> None:
+    """Refuses an option of `make_objective` that is out of its range.
+
+    Raises:
+        ConfigError: It says which one, and the range.
+    """
     if not 0 <= label_smoothing < 1:
         raise ConfigError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
     if distillation not in ("hard", "soft"):
@@ -310,14 +329,6 @@ def make_objective(
         raise ConfigError(f"distillation_alpha must be in [0, 1], not {distillation_alpha}")
     if distillation_tau <= 0:
         raise ConfigError(f"distillation_tau must be above 0, not {distillation_tau}")
-    weights = {"ratio_weight": ratio_weight, "token_weight": token_weight, "kl_weight": kl_weight}
     for name, weight in weights.items():
         if weight < 0:
             raise ConfigError(f"{name} must not be negative, not {weight}")
-    if isinstance(network.backbone, DynamicViT) and network.backbone.keep_ratio < 1:
-        if network.head_dist is not None:
-            raise ConfigError(f"{network.backbone.info.name} drops tokens, and learns from a teacher with its one head")
-        return Sparsified(network, teacher, label_smoothing, **weights)
-    if teacher is not None:
-        return Distilled(teacher, label_smoothing, distillation, distillation_alpha, distillation_tau)
-    return Supervised(label_smoothing)

@@ -114,8 +114,7 @@ class WarmupCosine(LRScheduler):
         """
         if epoch < self._frozen_epochs[group]:
             return 0.0
-        scale = self._scales[group]
-        peak = float(self.base_lrs[group]) / scale
+        scale, peak = self._scales[group], self.peak_lr(group)
         warmup, cosine = self._by_step(step) if self._every == "step" else self._by_epoch(epoch, step)
         if warmup is not None:
             return scale * (self._warmup_lr + warmup * (peak - self._warmup_lr))
@@ -128,6 +127,10 @@ class WarmupCosine(LRScheduler):
         if self._warmup_steps:
             return 0, self._warmup_steps
         return (math.ceil(self._warmup_epochs) + self._delay_epochs if self._warmup_epochs else 0), None
+
+    def peak_lr(self, group: int = 0) -> float:
+        """The learning rate at the end of the warm-up, before the ``lr_scale`` of a group."""
+        return float(self.base_lrs[group]) / self._scales[group]
 
     def get_lr(self) -> list[Any]:
         """The learning rate of each group now."""

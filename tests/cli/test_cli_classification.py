@@ -175,6 +175,7 @@ def test_the_size_of_the_images_follows_from_the_backbone(backbone, size, photog
         (["--data.augmentation.policy", "rand_agument"], "rand_augment"),
         (["--model.teacher", "efficientvit_m00"], "Did you mean 'efficientvit_m0'"),
         (["--model.pretrained", "nothing.pth"], "there is no checkpoint file nothing.pth"),
+        (["--model.freeze", "head"], "freeze must be 'backbone', a number of steps or a list of names, not 'head'"),
         (["--data.batch_size", "1"], "batch_size 1 leaves BatchNorm"),
         (["--model.labelsmoothing", "0.1"], "Did you mean 'label_smoothing'"),
     ],

@@ -33,11 +33,11 @@ def test_the_embedded_default_reaches_97_percent(cli, tmp_path):
 def test_ants_and_bees_are_told_apart_from_random_weights(real_data, cli, tmp_path):
     done = cli.run(
         "fit", "-c", "classification/transfer", "--model.backbone", "mobilevit_xxs", "--data.root",
-        real_data / "ants_bees", "--data.image_size", 128, "--run_dir", tmp_path / "run",
+        real_data / "ants_bees", "--run_dir", tmp_path / "run",
     )  # fmt: skip
     assert done.code == 0, done.err
-    # 80 images: chance is 0.5 with a standard deviation of 0.056.
-    assert max(logged(tmp_path / "run", "val/top1")) > 0.62
+    # Guesses at 80 images have a standard deviation of 0.056 around 0.5; the last epochs hardly differ.
+    assert sum(logged(tmp_path / "run", "val/top1")[-5:]) / 5 > 0.62
 
 
 @pytest.mark.slow
@@ -57,9 +57,8 @@ def test_dynamicvit_keeps_its_accuracy_while_it_drops_patches(cli, tmp_path):
     """The paper's claim on the digits: within a point of the dense network, at the kept shares that were asked for."""
     dense, sparse = tmp_path / "dense", tmp_path / "sparse"
     done = cli.run(
-        "fit", "-c", "classification/digits", "--model.backbone", "dynamicvit_tiny",
-        "--model.backbone_options.keep_ratio", 1.0, "--model.optimizer.init_args.lr", 0.001, "--trainer.max_epochs", 16,
-        "--run_dir", dense,
+        "fit", "-c", "classification/digits_dynamicvit", "--model.backbone_options.keep_ratio", 1.0,
+        "--model.backbone_lr_scale", 1.0, "--trainer.max_epochs", 16, "--run_dir", dense,
     )  # fmt: skip
     assert done.code == 0, done.err
     best = dense / "best.ckpt"

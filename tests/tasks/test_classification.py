@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from effvit.errors import CheckpointError, ConfigError
 from effvit.tasks import Classification
-from effvit.tasks._batch_augmentation import BatchAugmentation
+from effvit.tasks._batch_augmentation import BatchAugmentation, erase
 from effvit.tasks._clipping import clip_adaptively
 from effvit.tasks.schedules import WarmupCosine
 
@@ -114,6 +114,30 @@ def test_the_learning_rate_is_scaled_to_the_real_batch_and_the_arithmetic_is_log
     assert said in caplog.text
 
 
+@pytest.mark.parametrize("backbone", ["dynamicvit_tiny", "mobilevit_xxs"])
+def test_a_linear_probe_sees_the_features_of_the_evaluation(backbone):
+    task = small(backbone, freeze="backbone").train()
+    images = task.prepare(batch())
+    first, second = (task.network.backbone.embed(images) for _ in range(2))
+    assert torch.equal(first, second)
+    assert task.network.head.training
+
+
+def test_each_process_draws_its_own_random_numbers(monkeypatch):
+    draws = []
+    for rank in (0, 1, 2):
+        task = small()
+        task.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        task.trainer.datamodule = Batches(batch())
+        monkeypatch.setattr(type(task.trainer), "global_rank", property(lambda _, rank=rank: rank))
+        torch.manual_seed(5)
+        task.on_fit_start()
+        draws.append(float(torch.rand(())))
+    assert len(set(draws)) == 3
+    torch.manual_seed(5)
+    assert draws[0] == float(torch.rand(()))
+
+
 def test_a_linear_probe_trains_the_head_alone_and_moves_no_statistics():
     task = small(freeze="backbone")
     assert {name for name, p in task.named_parameters() if p.requires_grad} == {
@@ -171,18 +195,16 @@ def test_adaptive_clipping_equals_timms(shape):
     assert not torch.equal(ours.grad, gradient)
 
 
-def test_clipping_spares_the_last_layer(monkeypatch):
+def test_every_parameter_is_clipped_as_in_the_official_engines(monkeypatch):
     clipped = []
     monkeypatch.setattr(
-        "effvit.tasks.classification.clip_adaptively", lambda some, factor: clipped.append((some, factor))
+        "effvit.tasks.classification.clip_adaptively", lambda some, factor: clipped.append((list(some), factor))
     )
     task = small(clip_adaptive=0.02)
     fit(task, Batches(batch()))
     ((parameters, factor),) = clipped
     assert factor == 0.02
-    last = task.network.head.linear
-    assert len(parameters) == len(list(task.parameters())) - 2
-    assert not any(parameter is last.weight or parameter is last.bias for parameter in parameters)
+    assert {id(parameter) for parameter in parameters} == {id(parameter) for parameter in task.parameters()}
 
 
 def test_mixup_mixes_images_and_labels_by_the_same_share():
@@ -237,6 +259,23 @@ def test_erasing_fills_a_rectangle_with_noise():
     assert float(erased[erased != 0].std()) == pytest.approx(1, abs=0.05)
 
 
+def test_the_share_and_the_shapes_of_erased_rectangles():
+    torch.manual_seed(0)
+    images = torch.zeros(2000, 1, 40, 60)
+    hit = erase(images, 0.25)[:, 0] != 0
+    assert not images.any()
+    erased = hit[hit.flatten(1).any(1)]
+    assert len(erased) == pytest.approx(500, abs=60)
+    areas = erased.flatten(1).float().mean(1)
+    # Uniform from 0.02 to a third, less the oblong ones that do not fit.
+    assert float(areas.min()) < 0.03
+    assert float(areas.max()) > 0.3
+    assert float(areas.mean()) == pytest.approx(0.17, abs=0.02)
+    ratios = erased.any(2).sum(1) / erased.any(1).sum(1)
+    assert 0.25 < float(ratios.min()) < 0.4
+    assert 2.2 < float(ratios.max()) < 3.8
+
+
 def test_a_batch_of_one_is_refused_where_batchnorm_needs_more():
     with pytest.raises(ConfigError, match=r"batch_size 1 leaves BatchNorm .* set --data.batch_size to 2 or more"):
         fit(small(), Batches(batch(1)))
@@ -250,13 +289,10 @@ def test_images_that_could_not_be_read_do_not_count():
     task.setup("fit")
     task.eval()
     images, targets = batch(4, labels=[0, -1, 2, -1])
-    seen = []
-    task.log_dict = lambda logs, batch_size: seen.append((logs, batch_size))
+    task.log_dict = lambda logs, batch_size: None
     loss = task.training_step((images, targets), 0)
     alone = task.training_step((images[::2], {"labels": targets["labels"][::2]}), 0)
     torch.testing.assert_close(loss, alone)
-    assert [count for _, count in seen] == [2, 2]
-    assert task.training_step((images, {"labels": torch.full((4,), -1)}), 0) is None
 
 
 def test_validation_is_of_the_whole_data_set():
@@ -306,10 +342,11 @@ def test_weights_of_other_classes_or_another_network_are_refused_with_the_reason
         ({"backbone": "efficientvit_m9"}, "Did you mean 'efficientvit_m"),
         ({"mixup": -1}, "mixup and cutmix must be 0"),
         ({"random_erasing": 2}, "random_erasing is a probability"),
-        ({"label_smoothing": 1.5}, r"label_smoothing must lie in 0 … 1, not 1.5"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), not 1.0"),
+        ({"freeze": True}, "freeze must be 'backbone', a number of steps or a list"),
         ({"layer_decay": 0}, "layer_decay must be above 0"),
         ({"clip_adaptive": 0}, "clip_adaptive must be positive"),
-        ({"ratio_weight": -1}, "ratio_weight must be 0 or more"),
+        ({"ratio_weight": -1}, "ratio_weight must not be negative"),
         ({"freeze": "stem"}, "freeze must be 'backbone', a number of steps or a list"),
         ({"lr_batch_size": 0}, "lr_batch_size must be 1 or more"),
     ],
@@ -317,6 +354,16 @@ def test_weights_of_other_classes_or_another_network_are_refused_with_the_reason
 def test_options_out_of_range_are_named(options, message):
     with pytest.raises(ConfigError, match=message):
         small(**options)
+
+
+def test_a_checkpoint_of_other_classes_of_the_same_number_is_refused(tmp_path):
+    other = Classification(M0, {0: "dog", 1: "bee", 2: "cat"})
+    content = {"state_dict": other.state_dict(), "hyper_parameters": dict(other.hparams)}
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(
+        CheckpointError, match="was trained on other classes, dog, bee, cat; the data has ant, bee, cat"
+    ):
+        small(checkpoint=str(tmp_path / "a.ckpt"))
 
 
 def test_a_cosine_needs_an_end():
