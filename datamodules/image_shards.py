@@ -32,7 +32,8 @@ class ImageShards(ImageData):
     epoch, samples within a buffer. The last images that do not fill a batch in every process are left out, other ones
     in each epoch. The order depends on the number of processes and workers, the augmentation of an image on seed, epoch
     and image alone. A run that is resumed within an epoch takes the rest of its steps from the beginning of that
-    epoch's order: exact resumption needs files (``ImageNet``). Batches are as in ``ImageData``.
+    epoch's order: exact resumption needs files (``ImageNet``). Batches are as in ``ImageData``; repeated augmentation
+    and batches of several sizes need images in any order, and are refused.
 
     Args:
         root: Folder of the shards.
@@ -46,13 +47,15 @@ class ImageShards(ImageData):
         num_workers: Processes that load images; 0 loads in the training process.
         image_size: Height and width of the network's input in pixels; None for the published one.
         augmentation: What is done to training images.
+        repeats: 1 only; there for the configurations that set it.
+        multi_scale: None only; there for the configurations that set it.
         unreadable: "error" stops at an image that cannot be read; "skip" trains on the next one in its place, and
             leaves it out of the evaluation.
         seed: Seed of order and augmentation.
         published: Input of the backbone's published weights, filled in by the command line.
 
     Raises:
-        ConfigError: An option is out of its range, or webdataset is not installed.
+        ConfigError: An option is out of its range, or is one that shards cannot do, or webdataset is not installed.
         DatasetError: The class names cannot be read.
     """
 
@@ -70,6 +73,8 @@ class ImageShards(ImageData):
         num_workers: int = 8,
         image_size: int | None = None,
         augmentation: Augmentation = PLAIN,
+        repeats: int = 1,
+        multi_scale: list[int] | None = None,
         unreadable: Literal["error", "skip"] = "error",
         seed: int = 0,
         published: dict[str, Any] | None = None,
@@ -81,12 +86,13 @@ class ImageShards(ImageData):
             num_workers=num_workers,
             image_size=image_size,
             augmentation=augmentation,
-            repeats=1,
-            multi_scale=None,
+            repeats=repeats,
+            multi_scale=multi_scale,
             unreadable=unreadable,
             seed=seed,
             published=published,
         )
+        _check_no_reordering(repeats, multi_scale)
         check_at_least(1, shuffle_buffer=shuffle_buffer)
         self.shuffle_buffer = shuffle_buffer
         self._patterns = {"train": train, "val": val}
@@ -193,6 +199,20 @@ class ImageShards(ImageData):
             num_workers=self.num_workers,
             worker_init_fn=single_threaded,
             pin_memory=self._on_cuda(),
+        )
+
+
+def _check_no_reordering(repeats: int, multi_scale: list[int] | None) -> None:
+    """Refuses what a recipe may bring along and shards, which are read in sequence, cannot do."""
+    if repeats > 1:
+        raise ConfigError(
+            f"repeats is {repeats}, and shards cannot repeat images across processes; pass `--data.repeats 1`, or "
+            "train on files (ImageNet, ImageFolder)"
+        )
+    if multi_scale is not None:
+        raise ConfigError(
+            f"multi_scale is {multi_scale}, and shards have batches of one size; pass `--data.multi_scale null`, or "
+            "train on files (ImageNet, ImageFolder)"
         )
 
 

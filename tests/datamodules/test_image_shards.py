@@ -195,6 +195,18 @@ def test_class_names(root):
         make(root, shuffle_buffer=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repeats": 3}, r"repeats is 3, .*`--data\.repeats 1`"),
+        ({"multi_scale": [16, 24]}, r"multi_scale is \[16, 24\], .*`--data\.multi_scale null`"),
+    ],
+)
+def test_what_shards_cannot_do_is_refused(root, options, message):
+    with pytest.raises(ConfigError, match=message):
+        make(root, **options)
+
+
 def test_counts_are_kept_until_a_shard_changes(root, monkeypatch):
     shard = root / "val-0.tar"
     assert len(ShardIndex([shard])) == 4
