@@ -23,6 +23,8 @@ class SizeMismatchError(DatasetError):
 
 # What to do about a damaged file that an annotation file lists.
 REMEDY = "restore the file or remove its entry"
+#: The same among the images to predict on.
+PREDICT_REMEDY = "restore or remove the file, or pass `--unreadable skip` to leave out such files"
 
 _JPEG_MAGIC, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _START_OF_SCAN = 0xDA

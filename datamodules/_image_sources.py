@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image
 
 from effvit.datamodules._augment_ops import Pixels
-from effvit.datamodules._decode import read_image
+from effvit.datamodules._decode import PREDICT_REMEDY, read_image
 
 Labels = np.ndarray[Any, np.dtype[np.int64]]
 
-#: What to do about a damaged file.
+#: What to do about a damaged file of a data set.
 REMEDY = "restore or remove the file, or pass `--data.unreadable skip` to leave out such files"
 
 
@@ -69,7 +69,7 @@ class FileImages(ImageSource):
 
     def read(self, index: int) -> Pixels:
         """The decoded file, turned as its EXIF orientation says."""
-        return _read(self.root / self.name(index))
+        return _read(self.root / self.name(index), REMEDY)
 
 
 class ListedFiles(ImageSource):
@@ -91,7 +91,7 @@ class ListedFiles(ImageSource):
 
     def read(self, index: int) -> Pixels:
         """The decoded file, turned as its EXIF orientation says."""
-        return _read(self._files[index])
+        return _read(self._files[index], PREDICT_REMEDY)
 
 
 class ArrayImages(ImageSource):
@@ -117,8 +117,8 @@ class ArrayImages(ImageSource):
         return np.array(self._pixels[index])
 
 
-def _read(path: Path) -> Pixels:
-    pixels: Pixels = read_image(path, remedy=REMEDY).permute(1, 2, 0).numpy()
+def _read(path: Path, remedy: str) -> Pixels:
+    pixels: Pixels = read_image(path, remedy=remedy).permute(1, 2, 0).numpy()
     return pixels
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from effvit.datamodules._decode import read_image
+from effvit.datamodules._decode import PREDICT_REMEDY, read_image
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from effvit.datamodules._annotations import AnnotationTable
 
 Key = int | tuple[int, int]
-_REMEDY = "remove the file or pass `--data.unreadable skip` to leave out such files"
 
 
 class AnnotatedImages(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
@@ -91,7 +90,7 @@ class PlainImages(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         """The sample of an index."""
-        image = read_image(self.files[index], remedy=_REMEDY)
+        image = read_image(self.files[index], remedy=PREDICT_REMEDY)
         resized = self.transform({"image": tv_tensors.Image(image)})["image"].as_subclass(torch.Tensor)
         return resized, {
             "image_id": index + 1,

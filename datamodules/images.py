@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from effvit.datamodules._decode import read_image
+from effvit.datamodules._decode import PREDICT_REMEDY, read_image
 from effvit.datamodules._image_samples import EvalImages, NetworkInput, collate
-from effvit.datamodules._image_sources import REMEDY, ListedFiles, image_endings
+from effvit.datamodules._image_sources import ListedFiles, image_endings
 from effvit.datamodules._loaders import check_at_least
 from effvit.datamodules._samples import PlainImages, single_threaded
 from effvit.datamodules.transforms import Collate, eval_transform
@@ -145,7 +145,7 @@ class ClassifiedFiles(_Files):
             image_id: Its position.
         """
         del split
-        return read_image(self.files[image_id], remedy=REMEDY)
+        return read_image(self.files[image_id], remedy=PREDICT_REMEDY)
 
 
 def _is_readable(file: Path) -> bool:

@@ -58,9 +58,7 @@ def test_missing_and_empty_places(tmp_path, folder):
 
 def test_unreadable_file(folder, caplog):
     (folder / "aa.jpg").write_text("<html>")
-    with pytest.raises(
-        DatasetError, match=r"aa\.jpg is not an image.*remove the file or pass `--data\.unreadable skip`"
-    ):
+    with pytest.raises(DatasetError, match=r"aa\.jpg is not an image.*remove the file, or pass `--unreadable skip`"):
         predict_batches(ImageFiles(str(folder)))
     targets = [target for _, batch in predict_batches(ImageFiles(str(folder), unreadable="skip")) for target in batch]
     assert [target["file_name"] for target in targets] == ["a.jpg", "b.png", "sub/c.JPG", "sub/deeper/d.bmp"]
@@ -85,7 +83,7 @@ def test_files_to_classify(folder):
 
 def test_unreadable_file_to_classify(folder):
     (folder / "aa.jpg").write_text("<html>")
-    with pytest.raises(DatasetError, match=r"aa\.jpg is not an image"):
+    with pytest.raises(DatasetError, match=r"aa\.jpg is not an image.*or pass `--unreadable skip`"):
         predict_batches(ClassifiedFiles(str(folder)))
     batches = predict_batches(ClassifiedFiles(str(folder), unreadable="skip"))
     assert [name for _, targets in batches for name in targets["file_names"]][:2] == ["a.jpg", "b.png"]
