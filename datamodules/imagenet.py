@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +28,8 @@ class ImageNet(ImageData):
     Training images lie in ``train/<wnid>/``. Validation images lie in ``val/<wnid>/``, or all in ``val/`` as they come;
     their labels are then read from ``ILSVRC2012_devkit_t12/data/`` or, in Kaggle's tree (``ILSVRC/Data/CLS-LOC/``),
     from ``LOC_val_solution.csv``. Labels follow the sorted WordNet ids, as in all published weights. Class names are
-    the words of the devkit or of ``LOC_synset_mapping.txt`` where there is one, otherwise the ids. Without ``train/``
-    the set can still be evaluated on.
+    the words of the devkit or of ``LOC_synset_mapping.txt`` where there is one, followed by the id where two classes
+    have the same words, otherwise the ids. Without ``train/`` the set can still be evaluated on.
 
     Batches, order and augmentation are as in ``ImageData``; there is no test split, the validation split is tested on.
 
@@ -92,7 +93,12 @@ class ImageNet(ImageData):
     def categories(self) -> dict[int, str]:
         """Class name of each label."""
         words = self._class_words()
-        return {label: words.get(wnid, wnid) for label, wnid in enumerate(self.wnids)}
+        names = [words.get(wnid, wnid) for wnid in self.wnids]
+        times = Counter(names)
+        return {
+            label: f"{name} ({wnid})" if times[name] > 1 else name
+            for label, (name, wnid) in enumerate(zip(names, self.wnids, strict=True))
+        }
 
     @property
     def wnids(self) -> list[str]:

@@ -130,6 +130,12 @@ def test_kaggle_tree(flat_root):
     assert data.categories[0] == "tench, Tinca tinca"
 
 
+def test_classes_of_one_name_are_told_apart(tmp_path, image_tree):
+    image_tree(tmp_path / "val", {"n1": 1, "n2": 1, "n3": 1})
+    (tmp_path / "LOC_synset_mapping.txt").write_text("n1 crane\nn2 tench\nn3 crane\n")
+    assert ImageNet(str(tmp_path)).categories == {0: "crane (n1)", 1: "tench", 2: "crane (n3)"}
+
+
 def test_another_folder(tmp_path):
     with pytest.raises(DatasetError, match=r"neither .*train nor .*val; `--data\.root` must be"):
         ImageNet(str(tmp_path))
