@@ -48,6 +48,8 @@ class Parser(LightningArgumentParser):
             owner = re.findall(r"class_path '([^']+)'", message)
             choices = _init_arguments(owner[-1]) if owner else self._destinations()
             return did_you_mean(option[1], choices)
+        if choice := re.search(r"Expected a typing\.Literal\[(.+?)\]\. Got value: (\S+)", message):
+            return did_you_mean(choice[2], re.findall(r"'([^']+)'", choice[1]))
         for pattern in _CLASS_MENTIONS:
             if name := re.search(pattern, message):
                 return did_you_mean(name[1].strip("'\""), _class_names())
