@@ -172,7 +172,7 @@ def test_the_size_of_the_images_follows_from_the_backbone(backbone, size, photog
         (["--model.backbone", "mobilevit_xs5"], "Did you mean 'mobilevit_xs'"),
         (["--model.mixup", "-1"], "mixup and cutmix must be 0"),
         (["--data.root", "nowhere"], "nowhere"),
-        (["--data.augmentation.policy", "rand_agument"], "rand_augment"),
+        (["--data.augmentation.policy", "randaugment"], "Did you mean 'rand_augment'"),
         (["--model.teacher", "efficientvit_m00"], "Did you mean 'efficientvit_m0'"),
         (["--model.pretrained", "nothing.pth"], "there is no checkpoint file nothing.pth"),
         (["--model.freeze", "head"], "freeze must be 'backbone', a number of steps or a list of names, not 'head'"),
