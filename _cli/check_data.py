@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +12,23 @@ from typing import Protocol
 from effvit.errors import ConfigError, DatasetError
 
 _SPLITS = ("train", "val", "test")
+
+
+#: Seconds between two lines of progress.
+_EVERY = 5.0
+
+
+class _Progress:
+    """Says on stderr, every few seconds, how far a long check is."""
+
+    def __init__(self) -> None:
+        self._next = time.monotonic() + _EVERY
+
+    def __call__(self, done: int, number: int) -> None:
+        """Takes the number of files opened so far, and of all."""
+        if time.monotonic() >= self._next and done < number:
+            print(f"opened {done:,} of {number:,} images", file=sys.stderr)
+            self._next = time.monotonic() + _EVERY
 
 
 class _Report(Protocol):
@@ -61,7 +80,7 @@ def _reports(own: argparse.Namespace) -> Sequence[_Report]:
 
         if own.images is not None:
             raise ConfigError(f"--images goes with a COCO annotation file, and {own.root} holds class folders")
-        return [inspect_image_folder(own.root, own.split, decode_images=not own.skip_images)]
+        return [inspect_image_folder(own.root, own.split, not own.skip_images, _Progress())]
     decode = not own.skip_images
     return [inspect_coco(json_file, images, decode_images=decode) for json_file, images in _coco_files(own)]
 
@@ -87,7 +106,7 @@ def _has_class_folders(root: Path) -> bool:
         f"{root} is no data set that can be checked. Looked for\n"
         "  COCO annotations: annotations/instances_train2017.json, annotations/instances_train.json, "
         "train/_annotations.coco.json, and the same of val and test\n"
-        "  class folders: train/<class>/<image>, or <class>/<image>\n"
+        "  class folders: train/<class>/<image>, or <class>/<image>; ImageNet's val/ with the devkit or Kaggle's file\n"
         f"There is: {', '.join(inside[:12]) or 'nothing'}"
     )
 

@@ -13,14 +13,24 @@ from effvit.errors import DatasetError
 _log = logging.getLogger(__name__)
 _VAL_NAMES = ("val", "valid", "validation")
 _TEST_NAMES = ("test",)
+_PURPOSES = {"train": "training", "val": "validation", "test": "test"}
+#: Folders of these names, in any case, are taken for splits and never for classes.
+_SPLIT_NAMES = {
+    "train": {"train", "training"},
+    "val": {"val", "valid", "validation", "validating"},
+    "test": {"test", "testing"},
+}
 
 
 def find_splits(root: Path, train: str = "train", val: str | None = None, test: str | None = None) -> dict[str, Path]:
     """Folder of each split there is, that of training first.
 
+    Without a folder of any split, ``root`` itself is the training split. Where only others are there, so is no
+    training split: the set can be evaluated on.
+
     Args:
         root: Folder of the data set.
-        train: Folder of the training split, relative to ``root``; without ``root/train``, ``root`` itself.
+        train: Folder of the training split, relative to ``root``.
         val: Folder of the validation split; None looks for one.
         test: Folder of the test split; None looks for one.
 
@@ -33,14 +43,33 @@ def find_splits(root: Path, train: str = "train", val: str | None = None, test: 
     folders = {split: folder for split, folder in found.items() if folder is not None}
     if (root / train).is_dir():
         return {"train": root / train, **folders}
+    if folders:
+        return folders
     if train != "train":
         raise DatasetError(f"there is no folder {root / train} (`--data.train`); {_what_is_in(root)}")
-    if folders:
-        raise DatasetError(
-            f"{root} has {' and '.join(folder.name for folder in folders.values())} but no folder train; name the "
-            f"training folder with `--data.train`; {_what_is_in(root)}"
-        )
+    _refuse_splits_as_classes(root)
     return {"train": root}
+
+
+def no_split(root: Path, split: str, folders: Mapping[str, Path]) -> DatasetError:
+    """The error where a split is asked for that is not there."""
+    there = " and ".join(folder.name for folder in folders.values())
+    return DatasetError(
+        f"{root} has {there} but no folder {split}; name the {_PURPOSES[split]} folder with `--data.{split}`; "
+        f"{_what_is_in(root)}"
+    )
+
+
+def _refuse_splits_as_classes(root: Path) -> None:
+    """Raises where folders that would become classes are splits by their names, such as ``Train``."""
+    inside = sorted(path.name for path in root.iterdir() if path.is_dir())
+    found = [(split, name) for split, names in _SPLIT_NAMES.items() for name in inside if name.casefold() in names]
+    if found:
+        options = " ".join(f"--data.{split} {name}" for split, name in found)
+        raise DatasetError(
+            f"{root} has {' and '.join(name for _, name in found)}, by their names splits and not classes; pass "
+            f"`{options}`, or rename them to train, val and test. If they are classes, pass `--data.train .`"
+        )
 
 
 def _find_split(root: Path, asked: str | None, names: tuple[str, ...]) -> Path | None:

@@ -14,6 +14,7 @@ from effvit.datamodules._class_folders import (
     find_splits,
     list_classes,
     name_some,
+    no_split,
 )
 from effvit.datamodules._image_data import PLAIN, ImageData
 from effvit.datamodules._image_sources import FileImages, ImageSource, Labels, stratified_split
@@ -28,8 +29,12 @@ class ImageFolder(ImageData):
 
     ``root/train/<class>/…`` with ``root/val/<class>/…`` (or ``valid``, ``validation``) and, if there is one,
     ``root/test/<class>/…``; where there is no validation folder, each class of the training folder is split by
-    ``split_seed``. Without ``root/train``, ``root`` itself holds the class folders. Class folders are searched in
+    ``split_seed``. Without any of these, ``root`` itself holds the class folders. Class folders are searched in
     depth, hidden files and folders are passed over, and labels follow the sorted class names of the training split.
+
+    A trained network can be evaluated on a set without ``train``: its classes are then those of ``val``, or of
+    ``test`` without that. Of a tree without splits only the share that is held out is evaluated; ``val="."``
+    (``--data.val .``) evaluates all of it.
 
     Batches, order and augmentation are as in ``ImageData``.
 
@@ -100,15 +105,34 @@ class ImageFolder(ImageData):
 
     @property
     def categories(self) -> dict[int, str]:
-        """Class name of each label: the folders of the training split, sorted."""
+        """Class name of each label: the folders of the training split, or without one of another, sorted."""
         if self._categories is None:
-            self._categories = dict(enumerate(class_folders(self._folders["train"])))
+            self._categories = dict(enumerate(class_folders(self._reference)))
         return dict(self._categories)
 
+    def setup(self, stage: str) -> None:
+        """Lists the images of a stage.
+
+        Raises:
+            DatasetError: Images are missing, or splits do not fit each other.
+        """
+        super().setup(stage)
+        evaluated = {"validate": "val", "test": self._resolve("test")}.get(stage)
+        if evaluated == "val" and "val" not in self._folders:
+            tree = self._folders["train"].relative_to(self.root)
+            _log.info("only what is held out is evaluated; `--data.val %s` evaluates all images of the tree", tree)
+
+    @property
+    def _reference(self) -> Path:
+        """The split that says what the classes are."""
+        return next(iter(self._folders.values()))
+
     def _has(self, split: str) -> bool:
-        return split in self._folders or split == "val"
+        return split in self._folders or (split == "val" and "train" in self._folders)
 
     def _open(self, split: str) -> ImageSource:
+        if not self._has(split):
+            raise no_split(self.root, split, self._folders)
         if split == "test" or "val" in self._folders:
             names, labels = self._list(self._folders[split])
         else:
@@ -119,7 +143,7 @@ class ImageFolder(ImageData):
         """Names relative to the root, and labels, of the images of a split."""
         classes = list_classes(self.root, folder)
         expected = self.categories.values()
-        check_same_classes(folder, classes, self._folders["train"], expected)
+        check_same_classes(folder, classes, self._reference, expected)
         names = [name for kind in expected for name in classes[kind]]
         return names, [label for label, kind in self.categories.items() for _ in classes[kind]]
 

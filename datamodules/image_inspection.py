@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from effvit.datamodules import _class_folders as layout
+from effvit.datamodules import imagenet
 from effvit.datamodules._checks import Fault
 from effvit.datamodules._decode import decode_image, read_orientation
 from effvit.datamodules._image_sources import image_endings
@@ -22,6 +26,8 @@ from effvit.errors import ConfigError, DatasetError
 __all__ = ["ImageFolderReport", "has_class_folders", "inspect_image_folder"]
 
 _REMEDY = "restore or remove the file"
+#: Files between two reports of progress: a second or so.
+_AT_ONCE = 512
 _GREY, _DEEP = {"1", "L", "LA", "La"}, ("I", "F")
 
 
@@ -93,40 +99,49 @@ class ImageFolderReport:
 
 
 def inspect_image_folder(
-    root: str | Path, splits: Collection[str] | None = None, decode_images: bool = True
+    root: str | Path,
+    splits: Collection[str] | None = None,
+    decode_images: bool = True,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ImageFolderReport:
     """Checks a classification set with a folder per class, and counts what is in it.
 
-    The layouts are those of ``ImageFolder``. Duplicates are files of equal bytes.
+    The layouts are those of ``ImageFolder``, and of ``ImageNet`` where there is its devkit or Kaggle's tree. Duplicates
+    are files of equal bytes.
 
     Args:
         root: Its folder: ``train/<class>/…`` with ``val`` and ``test``, or ``<class>/…``.
         splits: Which to check, of "train", "val" and "test"; None for all there are.
-        decode_images: Open every image file too; without that, neither damaged files nor duplicates are found.
+        decode_images: Open every image file too, on all cores; without that, neither damaged files nor duplicates are
+            found.
+        progress: Called now and then with the number of files that were opened, and of all.
 
     Returns:
         The report, with every fault.
 
     Raises:
-        DatasetError: There is no folder, or it has splits but none to train on.
+        DatasetError: There is no folder, or its folders are splits under other names.
         ConfigError: There is no such split.
     """
     root = Path(root)
-    folders = layout.find_splits(root)
-    only_one = len(folders) == 1
+    folders = layout.find_splits(imagenet.images_folder(root))
+    only_one = list(folders) == ["train"]
     if splits is not None:
         missing = [split for split in splits if split not in folders]
         if missing:
             raise ConfigError(f"{root} has no {missing[0]} split; there is: {', '.join(folders)}")
         folders = {split: folder for split, folder in folders.items() if split in splits}
     files = {split: _files_by_class(root, folder) for split, folder in folders.items()}
-    faults = _layout_faults(folders, files)
+    unlabelled: list[Fault] = []
+    if "val" in folders and imagenet.has_flat_validation(root):
+        files["val"], unlabelled = _flat_validation(root, files.get("train"))
+        del folders["val"]  # it has no class folders to be checked
+    faults = _layout_faults(folders, files) + unlabelled
     if only_one:
         faults += _too_small_to_split(files["train"])
     contents = _Contents()
     if decode_images:
-        for split, kind, name in _walk(files):
-            contents.add(root, split, kind, name)
+        contents.read_all(root, list(_walk(files)), progress)
     return ImageFolderReport(
         root=root,
         class_counts={split: {kind: len(names) for kind, names in kinds.items()} for split, kinds in files.items()},
@@ -139,10 +154,12 @@ def inspect_image_folder(
 
 def has_class_folders(root: Path) -> bool:
     """Whether a folder holds class folders with images, directly or in splits."""
+    if imagenet.has_flat_validation(root):
+        return True
     try:
-        folders = layout.find_splits(root)
+        folders = layout.find_splits(imagenet.images_folder(root))
     except DatasetError:
-        return True  # splits without one to train on: the check says so
+        return True  # splits under other names: the check says so
     endings = image_endings()
     return any(
         Path(name).suffix.lower() in endings
@@ -160,6 +177,20 @@ def _subfolders(folder: Path) -> list[str]:
 def _files_by_class(root: Path, folder: Path) -> dict[str, list[str]]:
     endings = image_endings()
     return {kind: layout.images_below(root, folder / kind, endings)[0] for kind in _subfolders(folder)}
+
+
+def _flat_validation(root: Path, train: Collection[str] | None) -> tuple[dict[str, list[str]], list[Fault]]:
+    """ImageNet's validation images by class, from the devkit or Kaggle's file, and what is wrong with that."""
+    try:
+        wnids = imagenet.ImageNet(str(root)).wnids if train is None else train
+        labelled = imagenet.flat_validation(root, wnids)
+    except DatasetError as error:
+        names, _ = layout.images_below(root, imagenet.images_folder(root) / "val", image_endings())
+        return {"(no label)": names}, [Fault("labels", str(error))]
+    classes: dict[str, list[str]] = {wnid: [] for wnid in wnids}
+    for name, wnid in labelled.items():
+        classes[wnid].append(name)
+    return classes, []
 
 
 def _walk(files: dict[str, dict[str, list[str]]]) -> Iterator[tuple[str, str, str]]:
@@ -195,6 +226,23 @@ def _too_small_to_split(classes: dict[str, list[str]]) -> list[Fault]:
     ]
 
 
+class _Read(NamedTuple):
+    """What reading one file tells: (width, height), what is unusual, and a hash of the content."""
+
+    size: tuple[int, int]
+    unusual: list[str]
+    digest: bytes
+
+
+def _read(root: Path, name: str) -> _Read | Fault:
+    try:
+        data = (root / name).read_bytes()
+        height, width = decode_image(data, str(root / name), remedy=_REMEDY).shape[1:]
+    except (DatasetError, OSError) as error:
+        return Fault("unreadable-file", str(error), file=name)
+    return _Read((width, height), _unusual(data), hashlib.blake2b(data, digest_size=16).digest())
+
+
 class _Contents:
     """What opening the files tells."""
 
@@ -204,17 +252,26 @@ class _Contents:
         self._sizes: list[tuple[int, int]] = []
         self._places: dict[bytes, list[tuple[str, str, str]]] = defaultdict(list)
 
-    def add(self, root: Path, split: str, kind: str, name: str) -> None:
-        """Reads an image file."""
-        try:
-            data = (root / name).read_bytes()
-            height, width = decode_image(data, str(root / name), remedy=_REMEDY).shape[1:]
-        except (DatasetError, OSError) as error:
-            self.unreadable.append(Fault("unreadable-file", str(error), file=name))
+    def read_all(
+        self, root: Path, places: Sequence[tuple[str, str, str]], progress: Callable[[int, int], None] | None
+    ) -> None:
+        """Reads image files, given as split, class and name: decoding lets go of Python's lock, so threads help."""
+        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+            warnings.simplefilter("ignore")  # the decoder sets this for itself, which is not safe among threads
+            for start in range(0, len(places), _AT_ONCE):
+                part = places[start : start + _AT_ONCE]
+                for place, read in zip(part, pool.map(lambda place: _read(root, place[2]), part), strict=True):
+                    self._add(place, read)
+                if progress is not None:
+                    progress(start + len(part), len(places))
+
+    def _add(self, place: tuple[str, str, str], read: _Read | Fault) -> None:
+        if isinstance(read, Fault):
+            self.unreadable.append(read)
             return
-        self._sizes.append((width, height))
-        self.unusual.update(_unusual(data))
-        self._places[hashlib.blake2b(data, digest_size=16).digest()].append((split, kind, name))
+        self._sizes.append(read.size)
+        self.unusual.update(read.unusual)
+        self._places[read.digest].append(place)
 
     def sizes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]] | None:
         """Smallest, median and largest (width, height)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,7 +81,7 @@ class ImageNet(ImageData):
             seed=seed,
             published=published,
         )
-        self._images = self.root / _KAGGLE if (self.root / _KAGGLE).is_dir() else self.root
+        self._images = images_folder(self.root)
         if not any((self._images / split).is_dir() for split in ("train", "val")):
             raise DatasetError(
                 f"there is neither {self._images / 'train'} nor {self._images / 'val'}; `--data.root` must be the "
@@ -133,39 +134,73 @@ class ImageNet(ImageData):
         if not folder.is_dir():
             raise DatasetError(f"there is no folder {folder}")
         if split == "val" and not any(path.is_dir() for path in folder.iterdir()):
-            return self._open_flat(folder)
+            return self._open_flat()
         classes = list_classes(self.root, folder)
         known = set(classes) if not (self._images / "train").is_dir() and set(classes) < set(self.wnids) else self.wnids
         check_same_classes(folder, classes, self._images / "train", known)
         pairs = [(name, label) for label, wnid in enumerate(self.wnids) for name in classes.get(wnid, [])]
         return FileImages(self.root, [name for name, _ in pairs], [label for _, label in pairs])
 
-    def _open_flat(self, folder: Path) -> ImageSource:
+    def _open_flat(self) -> ImageSource:
         """The validation images as they come, with their labels from a file beside."""
-        endings = image_endings()
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings)
-        if not files:
-            raise DatasetError(f"{folder} holds neither class folders nor images")
-        truth = self.root / _DEVKIT / _GROUND_TRUTH
-        if truth.is_file():
-            wnids = _from_devkit(truth, files)
-        elif (self.root / _KAGGLE_TRUTH).is_file():
-            truth = self.root / _KAGGLE_TRUTH
-            wnids = _from_kaggle(truth, files)
-        else:
-            raise DatasetError(
-                f"the images in {folder} have no class folders, and there is no file with their labels: put the devkit "
-                f"at {truth.parent} (ILSVRC2012_devkit_t12.tar.gz), or Kaggle's {_KAGGLE_TRUTH} into {self.root}"
-            )
+        files = flat_validation(self.root, self.wnids)
         labels = {wnid: label for label, wnid in enumerate(self.wnids)}
-        unknown = sorted(set(wnids) - set(labels))
-        if unknown:
-            raise DatasetError(
-                f"{truth} names {len(unknown)} classes without a folder in {self._images / 'train'}: "
-                f"{name_some(unknown)}"
-            )
-        names = [path.relative_to(self.root).as_posix() for path in files]
-        return FileImages(self.root, names, [labels[wnid] for wnid in wnids])
+        return FileImages(self.root, list(files), [labels[wnid] for wnid in files.values()])
+
+
+def images_folder(root: Path) -> Path:
+    """Folder of ``train/`` and ``val/``: the root itself, or one deep in Kaggle's tree."""
+    return root / _KAGGLE if (root / _KAGGLE).is_dir() else root
+
+
+def has_flat_validation(root: Path) -> bool:
+    """Whether validation images lie in ``val/`` as they come, and devkit or Kaggle's tree are there."""
+    folder = images_folder(root) / "val"
+    if not folder.is_dir() or not (folder.parent != root or (root / _DEVKIT).is_dir() or _kaggle_truth(root).is_file()):
+        return False
+    return not any(path.is_dir() for path in folder.iterdir())
+
+
+def flat_validation(root: Path, wnids: Collection[str]) -> dict[str, str]:
+    """WordNet id of each validation image of a folder without class folders.
+
+    Args:
+        root: Folder of the data set.
+        wnids: The classes that there are.
+
+    Returns:
+        Ids by file names relative to ``root``, in the order of the files.
+
+    Raises:
+        DatasetError: There are no images, there is no file with their labels, or it does not fit.
+    """
+    folder = images_folder(root) / "val"
+    endings = image_endings()
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings)
+    if not files:
+        raise DatasetError(f"{folder} holds neither class folders nor images")
+    truth = root / _DEVKIT / _GROUND_TRUTH
+    if truth.is_file():
+        found = _from_devkit(truth, files)
+    elif _kaggle_truth(root).is_file():
+        truth = _kaggle_truth(root)
+        found = _from_kaggle(truth, files)
+    else:
+        raise DatasetError(
+            f"the images in {folder} have no class folders, and there is no file with their labels: put the devkit "
+            f"at {truth.parent} (ILSVRC2012_devkit_t12.tar.gz), or Kaggle's {_KAGGLE_TRUTH} into {root}"
+        )
+    unknown = sorted(set(found) - set(wnids))
+    if unknown:
+        raise DatasetError(
+            f"{truth} names {len(unknown)} classes without a folder in {folder.with_name('train')}: "
+            f"{name_some(unknown)}"
+        )
+    return {path.relative_to(root).as_posix(): wnid for path, wnid in zip(files, found, strict=True)}
+
+
+def _kaggle_truth(root: Path) -> Path:
+    return root / _KAGGLE_TRUTH
 
 
 def read_synsets(path: Path) -> dict[int, tuple[str, str]]:

@@ -118,6 +118,54 @@ def test_validation_folder_without_training_folder(image_root):
         load(image_root)
 
 
+@pytest.mark.parametrize(("split", "stage"), [("val", "validate"), ("val", "test"), ("test", "test")])
+def test_one_split_alone_can_be_evaluated(image_root, split, stage):
+    shutil.rmtree(image_root / "train")
+    (image_root / "val").rename(image_root / split)
+    data = load(image_root, stage)
+    assert data.categories == {0: "cat", 1: "dog"}
+    assert ids(data.val_dataloader() if stage == "validate" else data.test_dataloader()) == [0, 1, 2, 3, 4]
+    with pytest.raises(DatasetError, match=rf"has {split} but no folder train; name .*`--data\.train`"):
+        load(image_root, "fit")
+    if split == "test":
+        with pytest.raises(DatasetError, match=r"has test but no folder val; name .*`--data\.val`"):
+            load(image_root, "validate")
+        assert len(ids(load(image_root, "validate", val="test").val_dataloader())) == 5
+
+
+@pytest.mark.parametrize("inside", [".", "train"])
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_all_of_one_tree_can_be_evaluated(tmp_path, image_tree, inside, stage, caplog):
+    caplog.set_level(logging.INFO, "effvit")
+    image_tree(tmp_path / inside, {"cat": 6, "dog": 4})
+    assert len(ids(load(tmp_path, stage).val_dataloader())) == 2
+    advice = f"only what is held out is evaluated; `--data.val {inside}` evaluates all images"
+    assert advice in caplog.text
+    caplog.clear()
+    assert len(ids(load(tmp_path, stage, val=inside).val_dataloader())) == 10
+    assert "held out" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (("Train", "Test"), "--data.train Train --data.test Test"),
+        (("TRAINING", "validating"), "--data.train TRAINING --data.val validating"),
+        (("cats", "Testing"), "--data.test Testing"),
+    ],
+)
+def test_splits_by_other_names_are_not_taken_for_classes(tmp_path, image_tree, names, options):
+    for name in names:
+        image_tree(tmp_path / name, {"cat": 2, "dog": 2})
+    with pytest.raises(DatasetError, match=f"has .*splits and not classes; pass `{options}`"):
+        load(tmp_path)
+    assert load(tmp_path, train=".").categories == dict(enumerate(sorted(names)))
+    train, other = options.split("--data.")[1:] if "train" in options else (None, None)
+    if train:
+        choice = dict(word.split() for word in (train, other))
+        assert load(tmp_path, **choice).categories == {0: "cat", 1: "dog"}
+
+
 def test_empty_class_folder_is_named(image_root):
     (image_root / "train" / "owl").mkdir()
     (image_root / "train" / "owl" / "readme.txt").touch()

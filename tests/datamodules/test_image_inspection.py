@@ -144,9 +144,32 @@ def test_what_cannot_be_checked(root):
         inspect_image_folder(root, ["test"])
     with pytest.raises(DatasetError, match="there is no folder"):
         inspect_image_folder(root / "gone")
-    shutil.rmtree(root / "train")
-    with pytest.raises(DatasetError, match="val but no folder train"):
+    (root / "train").rename(root / "Training")
+    (root / "val").rename(root / "Val")
+    with pytest.raises(DatasetError, match=r"has Training and Val, by their names splits.*--data\.train Training"):
         inspect_image_folder(root)
+
+
+def test_a_set_to_evaluate_on_needs_no_training_split(root):
+    shutil.rmtree(root / "train")
+    report = inspect_image_folder(root)
+    assert report.ok
+    assert report.class_counts == {"val": {"cat": 1, "dog": 1}}
+
+
+def test_progress_is_told(root, monkeypatch):
+    monkeypatch.setattr("effvit.datamodules.image_inspection._AT_ONCE", 3)
+    told = []
+    inspect_image_folder(root, progress=lambda done, number: told.append((done, number)))
+    assert told == [(3, 7), (6, 7), (7, 7)]
+
+
+def test_progress_goes_to_stderr(cli, root, monkeypatch):
+    monkeypatch.setattr("effvit.datamodules.image_inspection._AT_ONCE", 3)
+    monkeypatch.setattr("effvit._cli.check_data._EVERY", 0.0)
+    done = cli.run("check-data", root)
+    assert "opened 3 of 7 images\nopened 6 of 7 images" in done.err
+    assert "opened" not in done.out
 
 
 def test_other_folders_are_told_apart(root, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from effvit.datamodules import ImageNet
+from effvit.datamodules import ImageNet, inspect_image_folder
 from effvit.errors import DatasetError
 
 WNIDS = {"n01": "tench, Tinca tinca", "n02": "goldfish", "n03": "hen"}
@@ -134,6 +134,45 @@ def test_classes_of_one_name_are_told_apart(tmp_path, image_tree):
     image_tree(tmp_path / "val", {"n1": 1, "n2": 1, "n3": 1})
     (tmp_path / "LOC_synset_mapping.txt").write_text("n1 crane\nn2 tench\nn3 crane\n")
     assert ImageNet(str(tmp_path)).categories == {0: "crane (n1)", 1: "tench", 2: "crane (n3)"}
+
+
+def kaggle_tree(flat_root):
+    """The files in Kaggle's layout, with a label for each image."""
+    root = flat_root / "kaggle"
+    images = root / "ILSVRC" / "Data" / "CLS-LOC"
+    images.mkdir(parents=True)
+    for split in ("train", "val"):
+        (flat_root / split).rename(images / split)
+    lines = "".join(f"ILSVRC2012_val_{n:08d},n0{n % 3 + 1} 1 2 3 4\n" for n in range(1, 5))
+    (root / "LOC_val_solution.csv").write_text(f"ImageId,PredictionString\n{lines}")
+    return root
+
+
+@pytest.mark.parametrize("layout", ["devkit", "kaggle"])
+def test_the_check_reads_the_labels_of_flat_validation_images(flat_root, cli, layout):
+    write_devkit(flat_root, [1, 3, 2, 1])
+    root = flat_root if layout == "devkit" else kaggle_tree(flat_root)
+    report = inspect_image_folder(root, decode_images=False)
+    assert report.ok, report
+    counts = {"n01": 1, "n02": 1, "n03": 2} if layout == "devkit" else {"n01": 1, "n02": 2, "n03": 1}
+    assert report.class_counts == {"train": {"n01": 2, "n02": 2, "n03": 2}, "val": counts}
+    done = cli.run("check-data", root, "--skip_images")
+    assert done.code == 0, done.err
+    assert "10 images (train 6, val 4), 3 classes" in done.out
+
+
+def test_the_check_names_labels_that_do_not_fit_and_still_opens_the_images(flat_root):
+    write_devkit(flat_root, [1, 3, 2])
+    (flat_root / "val" / "ILSVRC2012_val_00000002.JPEG").write_bytes(b"")
+    report = inspect_image_folder(flat_root, ["val"])
+    assert [fault.kind for fault in report.faults] == ["labels", "unreadable-file"]
+    assert "has 3 labels for the 4 images" in str(report.faults[0])
+    shutil.rmtree(flat_root / "train")
+    write = flat_root / "ILSVRC2012_devkit_t12" / "data" / "ILSVRC2012_validation_ground_truth.txt"
+    write.write_text("1\n3\n2\n1\n")
+    report = inspect_image_folder(flat_root, decode_images=False)
+    assert report.ok
+    assert report.class_counts == {"val": {"n01": 1, "n02": 1, "n03": 2}}
 
 
 def test_another_folder(tmp_path):
