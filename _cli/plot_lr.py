@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,7 +13,9 @@ import torch
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from effvit._cli.shipped import find_config, merged_config
-from effvit.datamodules._samplers import SquareBatches
+from effvit.callbacks._curves import BLUE, GREEN, style
+from effvit.callbacks._run_folder import whole_file
+from effvit.datamodules._samplers import MultiScaleBatches, SquareBatches
 from effvit.errors import ConfigError
 from effvit.tasks.schedules import WarmupCosine
 
@@ -157,13 +158,13 @@ def _images(config: dict[str, Any], data: dict[str, Any]) -> int | None:
 
 
 def _steps_per_epoch(images: int, data: dict[str, Any], batch: int) -> int:
-    """Optimizer steps of an epoch; for batches of many sizes, their mean."""
+    """Optimizer steps of an epoch; batches of many sizes are those of processes with the configured batch size."""
+    repeats = int(data.get("repeats", 1))
     if sizes := data.get("multi_scale"):
-        area, own = int(data["image_size"]) ** 2, int(data["batch_size"])
-        mean: float = sum(area * own // size**2 for size in sizes) / len(sizes)
-        return math.ceil(images / (mean * batch / own))
-    order = SquareBatches(images, batch, 1, repeats=int(data.get("repeats", 1)), seed=0, ranks=(1, 0))
-    return len(order)
+        ranks = max(1, round(batch / int(data["batch_size"]))), 0
+        size = int(data["image_size"])
+        return len(MultiScaleBatches(images, batch // ranks[0], size, sizes, repeats=repeats, seed=0, ranks=ranks))
+    return len(SquareBatches(images, batch, 1, repeats=repeats, seed=0, ranks=(1, 0)))
 
 
 def _moves_by_step(model: dict[str, Any]) -> bool:
@@ -290,19 +291,14 @@ def _draw(curve: Curve, output: Path) -> None:
     epochs = [epoch for epoch, _ in curve.line]
     for index, kind in enumerate(curve.kinds):
         axes = figure.add_subplot(1, kinds, index + 1)
-        axes.plot(epochs, [rates[index] for _, rates in curve.line], color="#2a9d55", linewidth=1.6)
+        axes.plot(epochs, [rates[index] for _, rates in curve.line], color=GREEN, linewidth=1.6)
         steps = curve.steps_per_epoch
         for corner in curve.corners:
             at = corner.epoch if corner.step is None or not steps else corner.step / steps
-            axes.plot(at, corner.rates[index], "o", color="#1d7ad6", markersize=4, clip_on=False)
-        axes.set_xlabel("epoch")
-        axes.set_title("learning rate" + ("" if kinds == 1 else f", {kind} parameters"), loc="left", fontsize=10)
+            axes.plot(at, corner.rates[index], "o", color=BLUE, markersize=4, clip_on=False)
+        style(axes, "learning rate" + ("" if kinds == 1 else f", {kind} parameters"), "epoch")
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
-        axes.grid(visible=True, color="#e8e9eb", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    temporary.replace(output)
+    with whole_file(output) as temporary:
+        figure.savefig(temporary, format="png")
