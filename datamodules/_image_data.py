@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +25,85 @@ PLAIN = Augmentation()
 _STAGE_SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 
 
-class ImageData(DataModule):
-    """Base of the classification data modules.
+class ClassifiedData(DataModule, ABC):
+    """Base of all data modules of classification: their options, their classes, and what a batch is.
 
     A batch is ``(images, targets)``: uint8 RGB images ``(B, 3, S, S)`` in channels_last memory, and one dictionary
     with ``labels`` (int64 ``(B,)``, -1 for an image that could not be read), ``image_ids`` (int64 ``(B,)``, position
     in the split) and ``file_names`` (a list).
+
+    Args:
+        root: Folder of the data set.
+        batch_size: Training images in a batch, per process.
+        val_batch_size: Images in a batch of evaluation.
+        num_workers: Processes that load images; 0 loads in the training process.
+        image_size: Height and width of the network's input in pixels; None for the published one.
+        augmentation: What is done to training images.
+        unreadable: "error" stops at an image that cannot be read; "skip" trains on the next one in its place, and
+            leaves it out of the evaluation.
+        seed: Seed of order and augmentation.
+        published: Input of the backbone's published weights, filled in by the command line: size, crop, interpolation.
+
+    Raises:
+        ConfigError: An option is out of its range.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        batch_size: int,
+        val_batch_size: int,
+        num_workers: int,
+        image_size: int | None,
+        augmentation: Augmentation,
+        unreadable: Literal["error", "skip"],
+        seed: int,
+        published: dict[str, Any] | None,
+    ) -> None:
+        super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_workers=num_workers, collate=collate)
+        self.root = Path(root)
+        check_at_least(0, seed=seed)
+        if image_size is not None:
+            check_at_least(1, image_size=image_size)
+        if unreadable not in {"error", "skip"}:
+            raise ConfigError(f"unreadable must be 'error' or 'skip', found {unreadable!r}")
+        self.image_size = image_size
+        self.augmentation = augmentation
+        self.unreadable = unreadable
+        self.seed = seed
+        self.published = published
+
+    @property
+    @abstractmethod
+    def categories(self) -> dict[int, str]:
+        """Class name of each label; works before ``setup``."""
+
+    @abstractmethod
+    def _has(self, split: str) -> bool:
+        """Whether there is a split of this name."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.categories)
+
+    @property
+    def network_input(self) -> NetworkInput:
+        """Size, crop and interpolation that images are evaluated with.
+
+        Raises:
+            ConfigError: ``published`` has an unknown key.
+        """
+        return NetworkInput.of(self.image_size, self.published)
+
+    def _resolve(self, split: str) -> str:
+        """The split itself, or "val" where there is no test split."""
+        return "val" if split == "test" and not self._has("test") else split
+
+
+class ImageData(ClassifiedData):
+    """Base of those that read one image at a time, in any order.
 
     The order of training images and their augmentation depend on ``seed``, the epoch and the image alone, not on
     workers or on what ran before; a run resumed within an epoch goes on with the next batch. The last training batch
@@ -73,34 +146,24 @@ class ImageData(DataModule):
         seed: int,
         published: dict[str, Any] | None,
     ) -> None:
-        super().__init__(batch_size=batch_size, val_batch_size=val_batch_size, num_workers=num_workers, collate=collate)
-        self.root = Path(root)
+        super().__init__(
+            root,
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
+            num_workers=num_workers,
+            image_size=image_size,
+            augmentation=augmentation,
+            unreadable=unreadable,
+            seed=seed,
+            published=published,
+        )
         check_at_least(1, repeats=repeats)
-        check_at_least(0, seed=seed)
-        if image_size is not None:
-            check_at_least(1, image_size=image_size)
         if multi_scale is not None and (not multi_scale or min(multi_scale) < 1):
             raise ConfigError(f"multi_scale must list sizes of 1 pixel or more, found {multi_scale}")
-        if unreadable not in {"error", "skip"}:
-            raise ConfigError(f"unreadable must be 'error' or 'skip', found {unreadable!r}")
-        self.image_size = image_size
-        self.augmentation = augmentation
         self.repeats = repeats
         self.multi_scale = sorted(set(multi_scale)) if multi_scale is not None else None
-        self.unreadable = unreadable
-        self.seed = seed
-        self.published = published
         self._sources: dict[str, ImageSource] = {}
         self._in_use: dict[str, TrainImages | EvalImages] = {}
-
-    @property
-    @abstractmethod
-    def categories(self) -> dict[int, str]:
-        """Class name of each label; works before ``setup``."""
-
-    @abstractmethod
-    def _has(self, split: str) -> bool:
-        """Whether there is a split of this name."""
 
     @abstractmethod
     def _open(self, split: str) -> ImageSource:
@@ -111,23 +174,9 @@ class ImageData(DataModule):
         """
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.categories)
-
-    @property
     def num_train_images(self) -> int:
         """Number of training images."""
         return len(self._source("train"))
-
-    @property
-    def network_input(self) -> NetworkInput:
-        """Size, crop and interpolation that images are evaluated with.
-
-        Raises:
-            ConfigError: ``published`` has an unknown key.
-        """
-        return NetworkInput.of(self.image_size, self.published)
 
     def setup(self, stage: str) -> None:
         """Lists the images of a stage; they are opened later, one by one.
@@ -209,7 +258,3 @@ class ImageData(DataModule):
         dataset = EvalImages(self._source(split), self.network_input, skip=self.unreadable == "skip")
         self._in_use[self._resolve(split)] = dataset
         return dataset
-
-    def _resolve(self, split: str) -> str:
-        """The split itself, or "val" where there is no test split."""
-        return "val" if split == "test" and not self._has("test") else split

@@ -11,7 +11,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
-from effvit.datamodules._image_data import PLAIN, ImageData
+from effvit.datamodules._image_data import PLAIN, ClassifiedData
 from effvit.datamodules._loaders import check_at_least
 from effvit.datamodules._samples import single_threaded
 from effvit.datamodules._shards import Decoder, EvalStream, ShardIndex, ShardLoader, ShardStream, TrainStream
@@ -21,7 +21,7 @@ from effvit.errors import ConfigError, DatasetError
 _log = logging.getLogger(__name__)
 
 
-class ImageShards(ImageData):
+class ImageShards(ClassifiedData):
     """Images in WebDataset tar shards (extra ``shards``), read in sequence without unpacking.
 
     A sample is a run of members with the same name up to the first dot: an image (``jpg``, ``png``, …) and its label, a
@@ -32,8 +32,8 @@ class ImageShards(ImageData):
     epoch, samples within a buffer. The last images that do not fill a batch in every process are left out, other ones
     in each epoch. The order depends on the number of processes and workers, the augmentation of an image on seed, epoch
     and image alone. A run that is resumed within an epoch takes the rest of its steps from the beginning of that
-    epoch's order: exact resumption needs files (``ImageNet``). Batches are as in ``ImageData``; repeated augmentation
-    and batches of several sizes need images in any order, and are refused.
+    epoch's order: exact resumption needs files (``ImageNet``). Batches are as in ``ClassifiedData``; repeated
+    augmentation and batches of several sizes need images in any order, and are refused.
 
     Args:
         root: Folder of the shards.
@@ -86,8 +86,6 @@ class ImageShards(ImageData):
             num_workers=num_workers,
             image_size=image_size,
             augmentation=augmentation,
-            repeats=repeats,
-            multi_scale=multi_scale,
             unreadable=unreadable,
             seed=seed,
             published=published,
@@ -204,7 +202,7 @@ class ImageShards(ImageData):
 
 def _check_no_reordering(repeats: int, multi_scale: list[int] | None) -> None:
     """Refuses what a recipe may bring along and shards, which are read in sequence, cannot do."""
-    if repeats > 1:
+    if repeats != 1:
         raise ConfigError(
             f"repeats is {repeats}, and shards cannot repeat images across processes; pass `--data.repeats 1`, or "
             "train on files (ImageNet, ImageFolder)"

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from effvit.datamodules import Augmentation, ImageFolder
+from effvit.datamodules._image_data import ImageData
 from effvit.datamodules._image_sources import stratified_split
 from effvit.errors import ConfigError, DatasetError
 
@@ -99,6 +100,17 @@ def test_subfolders_endings_and_other_files(image_root, image_tree, caplog):
     (image_root / "train" / ".ipynb_checkpoints").mkdir()
     assert load(image_root).num_train_images == 15
     assert "train: 2 files that are no images were passed over" in caplog.text
+
+
+def test_a_subclass_that_opens_nothing_cannot_be_made():
+    class Incomplete(ImageData):
+        categories = {0: "a", 1: "b"}  # noqa: RUF012
+
+        def _has(self, split):
+            return True
+
+    with pytest.raises(TypeError, match="_open"):
+        Incomplete("anywhere")
 
 
 def test_missing_root(tmp_path):
