@@ -243,7 +243,7 @@ def test_the_allocator_can_be_left_alone(cli, tmp_path):
         assert said in (folder / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_run_that_was_stopped_ends_with_the_same_losses(cli, tmp_path, sign):
     words = ["-c", "detection/digits", *cli.tiny, "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "1"]
     words += ["--save_every_n_steps", "1"]
@@ -287,6 +287,7 @@ def test_two_processes_find_the_ap_of_one(tiny_run, cli, tmp_path):
     assert metrics[0] == metrics[1]
 
 
+@pytest.mark.slow  # the documented command for two processes and tests/cli/test_scaling.py run one each time
 def test_fit_runs_on_two_processes(cli, tmp_path):
     process = cli.start(
         "fit", "-c", "detection/digits", *cli.tiny, "--trainer.max_epochs", "1", "--run_dir", tmp_path / "run",
