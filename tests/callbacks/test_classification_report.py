@@ -221,7 +221,7 @@ def test_pictures_are_rare_and_the_last_ones_are_of_the_end(tmp_path: Path, monk
         "effvit.callbacks.classification.draw_confusion", lambda *arguments: titles.append(arguments[-1])
     )
     _fit(tmp_path, max_epochs=4)
-    assert titles == ["step 7   top1 0.750   ece 0.200", "step 28   top1 0.750   ece 0.200"]
+    assert titles == ["val, step 7   top1 0.750   ece 0.200", "val, step 28   top1 0.750   ece 0.200"]
     titles.clear()
     _fit(tmp_path, max_epochs=1)
     assert len(titles) == 1  # not once more at the end
