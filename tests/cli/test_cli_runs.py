@@ -272,6 +272,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_losses(cli, tmp_path, sign):
         assert torch.equal(weight, ends[1][name]), name
 
 
+@pytest.mark.slow  # the documented command trains on two processes, tests/tasks/metrics compare the digits
 def test_two_processes_find_the_ap_of_one(tiny_run, cli, tmp_path):
     """The sharded validation of a checkpoint has the digits of the single process, images seen twice included."""
     metrics = []
