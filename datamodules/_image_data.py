@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from effvit.datamodules._image_samples import EvalImages, NetworkInput, TrainImages, collate
 from effvit.datamodules._image_sources import ImageSource
-from effvit.datamodules._loaders import DataModule, check_at_least
+from effvit.datamodules._loaders import DataModule, check_at_least, check_unreadable
 from effvit.datamodules._samplers import MultiScaleBatches, SquareBatches, SquareViews
 from effvit.datamodules.augmentation import Augmentation, train_transform
 from effvit.errors import ConfigError
@@ -66,8 +66,7 @@ class ClassifiedData(DataModule, ABC):
         check_at_least(0, seed=seed)
         if image_size is not None:
             check_at_least(1, image_size=image_size)
-        if unreadable not in {"error", "skip"}:
-            raise ConfigError(f"unreadable must be 'error' or 'skip', found {unreadable!r}")
+        check_unreadable(unreadable)
         self.image_size = image_size
         self.augmentation = augmentation
         self.unreadable = unreadable

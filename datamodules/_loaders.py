@@ -66,14 +66,7 @@ class DataModule(LightningDataModule):
         )
 
     def _make_predict_loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
-        # A plain loader: Lightning rebuilds the loader of this stage to keep track of indices.
-        return DataLoader(
-            dataset,
-            batch_size=self.val_batch_size,
-            num_workers=self.num_workers,
-            collate_fn=self._collate,
-            worker_init_fn=single_threaded,
-        )
+        return plain_loader(dataset, self.val_batch_size, self.num_workers, self._collate)
 
     def _ranks(self) -> tuple[int, int]:
         """Number of processes and the rank of this one."""
@@ -85,6 +78,25 @@ class DataModule(LightningDataModule):
 
     def _batches_done(self) -> int:
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer is not None else 0
+
+
+def plain_loader(
+    dataset: Dataset[Any], batch_size: int, num_workers: int, collate: Callable[[list[Any]], Any]
+) -> DataLoader[Any]:
+    """Batches in order, of one process. Lightning rebuilds the loader of prediction to keep track of indices."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        worker_init_fn=single_threaded,
+    )
+
+
+def check_unreadable(policy: str) -> None:
+    """Raises ``ConfigError`` unless the policy for images that cannot be read is "error" or "skip"."""
+    if policy not in {"error", "skip"}:
+        raise ConfigError(f"unreadable must be 'error' or 'skip', found {policy!r}")
 
 
 def check_at_least(least: int, **values: int) -> None:

@@ -147,13 +147,29 @@ class ShardStream(IterableDataset[Any]):
         decoder: Reads a sample.
         batch_size: Images in a batch.
         ranks: Number of processes and the rank of this one.
+        transform: What is done to an image: the augmentation, or resize and crop.
+        size: Height and width that it gives, in pixels.
+        skip: Go on after an unreadable image instead of raising.
     """
 
-    def __init__(self, index: ShardIndex, decoder: Decoder, batch_size: int, ranks: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        index: ShardIndex,
+        decoder: Decoder,
+        batch_size: int,
+        ranks: tuple[int, int],
+        *,
+        transform: Any,
+        size: int,
+        skip: bool,
+    ) -> None:
         self.index = index
         self.decoder = decoder
         self.batch_size = batch_size
         self.ranks = ranks
+        self.transform = transform
+        self.size = size
+        self.skip = skip
         # Shared with the workers, which stay alive from epoch to epoch.
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
@@ -182,14 +198,13 @@ class ShardStream(IterableDataset[Any]):
 
 
 class TrainStream(ShardStream):
-    """Augmented batches; the arguments beside are those of ``ShardStream``.
+    """Augmented batches; the next readable image stands in for one that is skipped.
 
     Args:
-        transform: The augmentation.
-        size: Height and width in pixels.
         seed: Seed of order and augmentation.
         buffer: Samples among which the next one is drawn.
-        skip: Put the next readable image in place of an unreadable one instead of raising.
+
+    The other arguments are those of ``ShardStream``.
     """
 
     def __init__(
@@ -205,12 +220,9 @@ class TrainStream(ShardStream):
         buffer: int,
         skip: bool,
     ) -> None:
-        super().__init__(index, decoder, batch_size, ranks)
-        self.transform = transform
-        self.size = size
+        super().__init__(index, decoder, batch_size, ranks, transform=transform, size=size, skip=skip)
         self.seed = seed
         self.buffer = buffer
-        self.skip = skip
         if not self.num_batches():
             raise DatasetError(
                 f"{len(index)} training images are fewer than a batch of {batch_size} on {ranks[0]} processes"
@@ -258,29 +270,7 @@ class TrainStream(ShardStream):
 
 
 class EvalStream(ShardStream):
-    """Batches for evaluation; the arguments beside are those of ``ShardStream``.
-
-    Args:
-        transform: Resize and crop.
-        size: Height and width in pixels.
-        skip: Give an unreadable image as black with the label -1 instead of raising.
-    """
-
-    def __init__(
-        self,
-        index: ShardIndex,
-        decoder: Decoder,
-        batch_size: int,
-        ranks: tuple[int, int],
-        *,
-        transform: Any,
-        size: int,
-        skip: bool,
-    ) -> None:
-        super().__init__(index, decoder, batch_size, ranks)
-        self.transform = transform
-        self.size = size
-        self.skip = skip
+    """Batches for evaluation; an image that is skipped is black, with the label -1."""
 
     def num_batches(self) -> int:
         """Batches of this process, the last one perhaps incomplete."""

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 from effvit.datamodules._decode import PREDICT_REMEDY, read_image
 from effvit.datamodules._image_samples import EvalImages, NetworkInput, collate
 from effvit.datamodules._image_sources import ListedFiles, image_endings
-from effvit.datamodules._loaders import check_at_least
-from effvit.datamodules._samples import PlainImages, single_threaded
+from effvit.datamodules._loaders import check_at_least, check_unreadable, plain_loader
+from effvit.datamodules._samples import PlainImages
 from effvit.datamodules.transforms import Collate, eval_transform
-from effvit.errors import ConfigError, DatasetError
+from effvit.errors import DatasetError
 
 _log = logging.getLogger(__name__)
 _MOST_NAMED = 10
@@ -30,8 +30,7 @@ class _Files(LightningDataModule):
         super().__init__()
         check_at_least(1, batch_size=batch_size)
         check_at_least(0, num_workers=num_workers)
-        if unreadable not in {"error", "skip"}:
-            raise ConfigError(f"unreadable must be 'error' or 'skip', found {unreadable!r}")
+        check_unreadable(unreadable)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.unreadable = unreadable
@@ -51,13 +50,7 @@ class _Files(LightningDataModule):
         self.files, self.names = [file for file, _ in sound], [name for _, name in sound]
 
     def _loader(self, dataset: Dataset[Any], collate_fn: Callable[[list[Any]], Any]) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            collate_fn=collate_fn,
-            worker_init_fn=single_threaded,
-        )
+        return plain_loader(dataset, self.batch_size, self.num_workers, collate_fn)
 
 
 class ImageFiles(_Files):
