@@ -4,8 +4,6 @@ The file is its own worker: run as a script it joins the process group, plays ev
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -86,23 +84,9 @@ def play(rank):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(play_on_two_ranks):
     """Outcomes of both ranks."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    try:
-        for worker in workers:
-            _, errors = worker.communicate(timeout=120)
-            assert worker.returncode == 0, errors.decode()
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return play_on_two_ranks(__file__)
 
 
 @pytest.fixture(scope="module")
