@@ -108,7 +108,8 @@ class Task(LightningModule):
         per step, as MMEngine does.
         """
         optimizer = self._optimizer(self.parameter_groups())
-        factor = self.global_batch() / self._lr_batch_size if self._lr_batch_size and self.global_batch() else 1.0
+        batch = self.global_batch()
+        factor = batch / self._lr_batch_size if self._lr_batch_size and batch else 1.0
         for group in optimizer.param_groups:
             group["lr"] *= factor * group["lr_scale"]
         schedulers: list[dict[str, Any]] = []
@@ -133,8 +134,12 @@ class Task(LightningModule):
         epochs = self.trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ConfigError("a cosine schedule needs to know its end: set trainer.max_epochs to 1 or more")
+        return epochs, self._steps_per_epoch()
+
+    def _steps_per_epoch(self) -> int | None:
+        """Optimizer steps of an epoch; ``None`` where they differ."""
         batches = self.trainer.num_training_batches
-        return epochs, None if batches == float("inf") else -(-int(batches) // self.trainer.accumulate_grad_batches)
+        return None if batches == float("inf") else -(-int(batches) // self.trainer.accumulate_grad_batches)
 
     def on_fit_start(self) -> None:
         """Puts the network into training mode, which Lightning leaves to the module since version 2.2.
@@ -170,16 +175,14 @@ class Task(LightningModule):
         group = max(self.trainer.optimizers[0].param_groups, key=lambda group: group["lr_scale"])
         rate = group.get("initial_lr", group["lr"]) / group["lr_scale"]
         for schedule in self._cosines():  # its rates are those of this run, the optimizer's may be of the one resumed
-            rate = max(schedule.peak_lr(index) for index in range(len(schedule.base_lrs)))
+            rate = schedule.peak_lr()
         if not self._lr_batch_size:
             return f"learning rate {rate:g}"
         given = rate * self._lr_batch_size / self.global_batch()
         return f"learning rate {rate:g} = {given:g} x {self.global_batch()} / {self._lr_batch_size}"
 
     def _step_arithmetic(self) -> str:
-        batches, accumulated = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
-        steps = "varying" if batches == float("inf") else str(-(-int(batches) // accumulated))
-        return f"{steps} steps an epoch, {self.trainer.max_epochs} epochs"
+        return f"{self._steps_per_epoch() or 'varying'} steps an epoch, {self.trainer.max_epochs} epochs"
 
     def on_train_epoch_start(self) -> None:
         """Tells the schedule which epoch it is."""
