@@ -232,12 +232,9 @@ class Classification(Task):
         super().train(mode)
         if mode and self.norm_eval:
             freeze_norm_statistics(self.network)
-        if mode and self.frozen == "backbone":
-            self.network.backbone.eval()
-        elif mode and self.frozen:
-            for name, module in self.named_modules():
-                inside = name.startswith("network.backbone.") and not any(module.children())
-                if inside and self._is_frozen(f"{name}.weight"):
+        if mode and self.frozen:
+            for module in self.network.backbone.modules():
+                if _is_wholly_frozen(module):
                     module.eval()
         return self
 
@@ -298,15 +295,13 @@ class Classification(Task):
             clip_adaptively(self.network.parameters(), self.clip_adaptive)
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:  # noqa: ARG002 - Lightning's signature
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002 - Lightning's signature
         """Classifies, and hands the logits to the evaluator."""
-        logits = self.network(self.prepare(batch)).float()
-        self.evaluator.update(batch[1]["image_ids"], logits, batch[1]["labels"])
-        return {"classification": {"probabilities": logits.softmax(-1)}}
+        self.evaluator.update(batch[1]["image_ids"], self.network(self.prepare(batch)), batch[1]["labels"])
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same as validation."""
-        return self.validation_step(batch, batch_idx)
+        self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """Class probabilities of a batch, see `probabilities`."""
@@ -343,6 +338,12 @@ class Classification(Task):
         """See `Task.classes_in`."""
         shapes = [value.shape for name, value in state_dict.items() if name.startswith(_HEADS) and value.dim() == 2]
         return (_HEADS, int(shapes[-1][0])) if shapes else None
+
+
+def _is_wholly_frozen(module: nn.Module) -> bool:
+    """Whether a module has parameters, none of which is trained."""
+    trained = [parameter.requires_grad for parameter in module.parameters()]
+    return bool(trained) and not any(trained)
 
 
 def _check_options(options: Any) -> None:

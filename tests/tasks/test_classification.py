@@ -164,6 +164,15 @@ def test_the_first_steps_of_a_backbone_can_be_frozen_with_their_statistics():
         small(freeze=99)
 
 
+def test_frozen_steps_drop_nothing():
+    options = {"dropout": 0.5, "classifier_dropout": 0.5}
+    backbone = small("mobilevit_xxs", freeze=8, backbone_options=options).train().network.backbone
+    for name, module in backbone.named_modules():
+        depths = {backbone.layer_of(f"{name}.{inner}") for inner, _ in module.named_parameters()}
+        if name and depths:
+            assert module.training == (max(depths) >= 8), name
+
+
 def test_parameters_can_be_frozen_by_name():
     task = small("dynamicvit_tiny", freeze=["cls_token", "pos_embed"])
     frozen = {name for name, parameter in task.named_parameters() if not parameter.requires_grad}
