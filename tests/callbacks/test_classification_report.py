@@ -93,7 +93,7 @@ class Classifier(helper.Tiny):
         return batch[0].float() / 255
 
     def validation_step(self, batch, batch_idx):
-        return {"classification": {"probabilities": torch.full((len(batch[0]), 4), 0.25)}}
+        pass
 
     test_step = validation_step
 
