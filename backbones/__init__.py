@@ -9,7 +9,7 @@ from effvit.backbones import mobilevitv2 as _mobilevitv2  # noqa: F401 - registe
 from effvit.backbones._checkpoint import LoadReport, load_checkpoint, open_checkpoint, read_checkpoint
 from effvit.backbones._contract import Backbone, Classifier, FeatureMap, InputSpec, VariantInfo
 from effvit.backbones._factory import create_backbone, create_classifier
-from effvit.backbones._pyramid import FeaturePyramid
+from effvit.backbones._pyramid import FeaturePyramid, PyramidNeck
 from effvit.backbones._registry import backbone_info, list_backbones, outline
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "FeaturePyramid",
     "InputSpec",
     "LoadReport",
+    "PyramidNeck",
     "VariantInfo",
     "backbone_info",
     "create_backbone",
