@@ -1,0 +1,40 @@
+"""These tests need MMDetection: the extra ``mmdet``. Without it each file of the folder is skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_MISSING = [name for name in ("mmengine", "mmcv", "mmdet") if importlib.util.find_spec(name) is None]
+
+if not _MISSING:
+    with warnings.catch_warnings():  # of packages that will not change any more
+        warnings.simplefilter("ignore")
+        import mmdet.models  # noqa: F401
+    from mmengine.logging import MMLogger
+
+    # Otherwise each model that is built writes a paragraph for each of its parameters.
+    MMLogger.get_instance("mmengine", logger_name="mmengine", log_level=logging.ERROR)
+
+
+class _Skipped(pytest.Module):
+    def collect(self) -> list[pytest.Item]:
+        pytest.skip(f"needs {', '.join(_MISSING)}: pip install 'effvit[mmdet]'", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """A file of this folder, skipped before it is imported where MMDetection is missing."""
+    return _Skipped.from_parent(parent, path=module_path) if _MISSING else None
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Warnings that MMDetection and what it stands on cause in their own files are theirs."""
+    for package in ("mmdet", "mmengine", "mmcv"):
+        item.add_marker(pytest.mark.filterwarnings(f"ignore:::{package}"))
