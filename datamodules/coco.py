@@ -198,7 +198,9 @@ class CocoDetection(DataModule):
         table = AnnotationTable(data, categories, masks=self.masks, keep_empty=self.keep_empty or not training)
         if not len(table):
             raise DatasetError(f"{self._locate(split).annotations} has no image to {'train on' if training else 'use'}")
-        _log.info("%s split: %d of %d images", split, len(table), len(data["images"]))
+        # `effvit tables coco` reads this line from the log of a run, to tell COCO from other data.
+        total = len(data["images"])
+        _log.info("%s split: %d of %d images, %d categories", split, len(table), total, len(categories))
         if training:
             transform = train_transform(self.image_size, self.flip, self.scale_jitter)
         else:
