@@ -19,6 +19,7 @@ from torch.nn import Module
 
 from effvit.backbones._contract import Backbone, Classifier
 from effvit.backbones._registry import list_backbones, outline
+from effvit.backbones._stand_ins import load_without_objects
 from effvit.errors import CheckpointError
 
 # Where the weights are inside a file, in this order: Lightning and MMDetection; the official repositories; averages;
@@ -26,6 +27,7 @@ from effvit.errors import CheckpointError
 _WRAPPERS = ("state_dict", "model", "module", "state_dict_ema", "model_ema", "ema_state_dict", "model_state_dict")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _NAMED = 5
+_BROKEN = (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def open_checkpoint(path: str | Path) -> Any:
     """All that a checkpoint file holds, tensors on the CPU.
 
     Whether the file is a safetensors file or one of ``torch.save`` is read from its first bytes. Nothing in it is ever
-    executed: a file that asks for more than tensors and plain containers is refused.
+    executed: a file that asks for more than tensors and plain containers is refused, but for what training programs are
+    known to store beside them, such as MMDetection's logs, which come out as objects that can do nothing.
 
     Raises:
         CheckpointError: The file is missing, damaged, unsafe to open, or no checkpoint.
@@ -163,19 +166,40 @@ def _read_pickle(path: Path, *, mmap: bool) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         reason = str(error)
-        if "Unsupported" in reason or "GLOBAL" in reason or "was not an allowed global" in reason:
-            found = re.search(r"(?:GLOBAL|global:? ?)\s*([\w.]+)", reason)
-            what = f" ({found[1]})" if found else ""
-            raise CheckpointError(
-                f"{path} holds Python objects{what} beside tensors. Opening them could run code, so the file is "
-                "refused and nothing of it was executed. Save its state_dict alone, or as safetensors."
-            ) from None
+        if _is_refusal(reason):
+            return _read_beside_objects(path, reason, zipped=mmap)
         raise CheckpointError(
             f"{path} is damaged or incomplete, or no checkpoint ({reason.splitlines()[0]})"
         ) from error
     except Exception as error:  # cut off in mid-opcode, a pickle can fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or incomplete ({reason}); download or copy it again") from error
+
+
+def _is_refusal(reason: str) -> bool:
+    return "Unsupported" in reason or "GLOBAL" in reason or "was not an allowed global" in reason
+
+
+def _read_beside_objects(path: Path, reason: str, *, zipped: bool) -> Any:
+    """What a training program stored beside its logs, such as MMDetection's ``Runner``.
+
+    A run of ours is refused even so: the hyperparameters that it is rebuilt from would not be what was stored.
+    """
+    content = None
+    try:
+        content = load_without_objects(path) if zipped else None
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+    except _BROKEN as error:  # the objects were put to a use that stand-ins cannot take
+        reason = f"{reason} ({type(error).__name__})"
+    if isinstance(content, Mapping) and "hyper_parameters" not in content:
+        return content
+    found = re.search(r"(?:GLOBAL|global:? ?)\s*([\w.]+)", reason)
+    what = f" ({found[1]})" if found else ""
+    raise CheckpointError(
+        f"{path} holds Python objects{what} beside tensors. Opening them could run code, so the file is "
+        "refused and nothing of it was executed. Save its state_dict alone, or as safetensors."
+    ) from None
 
 
 def _is_dict(content: Any) -> bool:
