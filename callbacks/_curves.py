@@ -88,7 +88,7 @@ def _metrics(axes: Axes, evaluations: Sequence[tuple[int, Mapping[str, float]]],
         points = [(step, row[name]) for step, row in evaluations if row.get(name, -1.0) >= 0]
         if points:
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3.5, label=name)
+            axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3.5, label=name.replace("_", " "))
             axes.annotate(
                 f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(5, 0), textcoords="offset points", color=colour, va="center"
             )

@@ -44,9 +44,7 @@ def format_count(number: int) -> str:
 
 
 def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
-    """One row for each kind of result (``AP50`` is a box metric, ``segm/AP50`` a row of its own), or name and value.
-
-    A classifier's metrics are one row too.
+    """One row for boxes, and one for masks where there are (``mask_AP50``); one of a classifier; else name and value.
 
     Args:
         metrics: Values by name, without ``val/`` or ``test/``.
@@ -55,51 +53,56 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, min_width=len(title)
     )  # else a narrow table breaks its title into lines
-    groups = sorted({name.rpartition("/")[0] for name in metrics if name.rpartition("/")[2] == "AP"})
     if "top1" in metrics:
         names = [name for name in _CLASSIFICATION_COLUMNS if name in metrics]
         for name in names:
             table.add_column(name, justify="right")
         table.add_row(*(format_metric(metrics[name]) for name in names))
         return table
-    if not groups:
+    if "AP" not in metrics:
         table.add_column("metric")
         table.add_column("value", justify="right")
         for name, value in metrics.items():
             table.add_row(name, format_metric(value))
         return table
-    if groups != [""]:
+    rows = {"boxes": ""} | ({"masks": "mask_"} if "mask_AP" in metrics else {})
+    if len(rows) > 1:
         table.add_column("")
     for name in COCO_COLUMNS:
         table.add_column(name, justify="right")
-    for group in groups:
-        prefix = f"{group}/" if group else ""
+    for row, prefix in rows.items():
         values = [format_metric(metrics.get(prefix + name)) for name in COCO_COLUMNS]
-        table.add_row(*([group or "boxes"] if groups != [""] else []), *values)
+        table.add_row(*([row] if len(rows) > 1 else []), *values)
     return table
 
 
-def class_table(per_class: Sequence[tuple[str, float]], measure: str) -> Table:
-    """A metric of each class; many classes take several columns, very many are cut to the worst and the best ten.
+def class_table(per_class: Sequence[tuple[str, Sequence[float]]], measures: Sequence[str]) -> Table:
+    """Metrics of each class; many classes take several columns, very many are cut to the worst and the best ten.
 
     Args:
-        per_class: Class names and values; NaN or negative for a class without objects or images.
-        measure: Name of the metric.
+        per_class: Class names and their values; NaN or negative for a class without objects or images. The first value
+            is the one that worst and best are judged by.
+        measures: Names of the values.
     """
-    cells = [(escape(name), format_metric(value)) for name, value in per_class]
+    cells = [_cells(name, values) for name, values in per_class]
     heads = ["class"] * (1 if len(cells) <= 20 else 3)
     if len(cells) > _MOST_CLASSES:
-        known = [item for item in per_class if item[1] >= 0]  # NaN is left out too
-        ranked = [(escape(name), format_metric(value)) for name, value in sorted(known, key=lambda item: item[1])]
+        known = [item for item in per_class if item[1][0] >= 0]  # NaN is left out too
+        ranked = [_cells(name, values) for name, values in sorted(known, key=lambda item: item[1][0])]
         cells = ranked[:_EXTREMES] + ranked[: -_EXTREMES - 1 : -1]
         heads = ["worst classes", "best classes"]
     table = Table(box=box.SIMPLE_HEAD)
     for head in heads:
         table.add_column(head)
-        table.add_column(measure, justify="right")
+        for measure in measures:
+            table.add_column(measure, justify="right")
     columns = len(heads)
     height = -(-len(cells) // columns)
     for row in range(height):
         picked = [cells[row + height * column] for column in range(columns) if row + height * column < len(cells)]
         table.add_row(*(text for cell in picked for text in cell))
     return table
+
+
+def _cells(name: str, values: Sequence[float]) -> tuple[str, ...]:
+    return escape(name), *map(format_metric, values)

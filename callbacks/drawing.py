@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as mask_api
 from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Colour = tuple[int, int, int]
+Mask = Tensor | Mapping[str, Any]
 _Rectangle = tuple[float, float, float, float]
 
 _INK: Colour = (28, 30, 34)
@@ -58,7 +61,7 @@ def draw_detections(
     scores: Tensor | None = None,
     *,
     names: Sequence[str],
-    masks: Tensor | None = None,
+    masks: Tensor | Sequence[Mask] | None = None,
     score_threshold: float = 0.0,
     min_side: int = 480,
     max_side: int | None = None,
@@ -71,7 +74,8 @@ def draw_detections(
         labels: ``(N,)``, contiguous.
         scores: ``(N,)`` in ``[0, 1]``; ``None`` for ground truth.
         names: Class name of each label.
-        masks: ``(N, H, W)``, true inside the object.
+        masks: For each object a mask, true inside, or a compressed COCO RLE. Those of another size than ``image`` are
+            resized. Only what is drawn is decoded, one after the other.
         score_threshold: Objects below this score are left out.
         min_side: The picture is enlarged, by at most 4, until its longer side has this many pixels.
         max_side: The picture is shrunk until its longer side has at most this many pixels. ``None`` keeps its size.
@@ -93,7 +97,7 @@ def draw_detections(
         captions = [f"{text} {float(s):.2f}" for text, s in zip(captions, scores.detach().cpu()[keep], strict=True)]
     picture = _to_picture(image)
     if masks is not None:
-        chosen = masks.detach().cpu()[keep].bool().numpy()
+        chosen = [masks[index] for index in keep.tolist()]
         picture = Image.fromarray(_blend(np.asarray(picture), chosen, labels.tolist()))
     picture, scale = _resize(picture, min_side, max_side)
     _draw(picture, (boxes * scale).tolist(), [class_colour(int(label)) for label in labels], captions)
@@ -235,7 +239,7 @@ def _to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image.detach().cpu().permute(1, 2, 0).numpy()))
 
 
-def _check(boxes: Tensor, labels: Tensor, scores: Tensor | None, masks: Tensor | None) -> None:
+def _check(boxes: Tensor, labels: Tensor, scores: Tensor | None, masks: Tensor | Sequence[Mask] | None) -> None:
     counts = {"boxes": len(boxes), "labels": len(labels)}
     counts |= {"scores": len(scores)} if scores is not None else {}
     counts |= {"masks": len(masks)} if masks is not None else {}
@@ -247,12 +251,21 @@ def _caption(label: int, names: Sequence[str]) -> str:
     return names[label] if 0 <= label < len(names) else f"class {label}"
 
 
-def _blend(pixels: np.ndarray, masks: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+def _blend(pixels: np.ndarray, masks: Sequence[Mask], labels: Sequence[int]) -> np.ndarray:
     mixed = pixels.astype(np.float32)
     # Weakest first, so that the best object stays visible where masks overlap.
-    for mask, label in zip(masks[::-1], labels[::-1], strict=True):
-        mixed[mask] += _MASK_OPACITY * (np.array(class_colour(label), np.float32) - mixed[mask])
+    for mask, label in zip(reversed(masks), reversed(labels), strict=True):
+        inside = _pixels_of(mask, pixels.shape[:2])
+        mixed[inside] += _MASK_OPACITY * (np.array(class_colour(label), np.float32) - mixed[inside])
     return mixed.round().astype(np.uint8)
+
+
+def _pixels_of(mask: Mask, size: tuple[int, ...]) -> np.ndarray:
+    """A mask as bool ``(H, W)`` at the size of the picture."""
+    decoded = torch.from_numpy(mask_api.decode(mask)) if isinstance(mask, Mapping) else mask.detach().cpu()
+    if decoded.shape != size:
+        decoded = torch.nn.functional.interpolate(decoded[None, None].float(), size, mode="bilinear")[0, 0] > 0.5
+    return decoded.bool().numpy()
 
 
 def _resize(picture: Image.Image, min_side: int, max_side: int | None) -> tuple[Image.Image, float]:

@@ -38,7 +38,8 @@ class PredictionWriter(Callback):
     """Writes ``<name>.png`` for every image and ``predictions.json`` for all of them.
 
     The JSON is a COCO results file: ``image_id``, ``category_id``, ``bbox`` as (x, y, width, height) in pixels of the
-    original image, ``score``; and ``file_name``, since the ids of a folder's images are only their numbers.
+    original image, ``score``, and ``segmentation`` (a compressed RLE, its ``counts`` as text) of a detector that finds
+    masks; and ``file_name``, since the ids of a folder's images are only their numbers.
 
     Args:
         output: Folder to write to.
@@ -66,7 +67,7 @@ class PredictionWriter(Callback):
         self,
         trainer: Trainer,  # noqa: ARG002 - Lightning's signature
         pl_module: LightningModule,
-        outputs: Sequence[dict[str, Tensor]],
+        outputs: Sequence[dict[str, Any]],
         batch: tuple[Tensor, list[dict[str, Any]]],
         batch_idx: int,  # noqa: ARG002
         dataloader_idx: int = 0,  # noqa: ARG002
@@ -87,9 +88,11 @@ class PredictionWriter(Callback):
         """One line about what was done."""
         return f"{self.images} images, {self.drawn} objects with a score of at least {self.score_threshold:g}"
 
-    def _note(self, target: dict[str, Any], found: dict[str, Tensor], categories: Categories) -> None:
+    def _note(self, target: dict[str, Any], found: dict[str, Any], categories: Categories) -> None:
         boxes = torch.cat([found["boxes"][:, :2], found["boxes"][:, 2:] - found["boxes"][:, :2]], dim=1)
-        for box, score, label in zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True):
+        masks = [_segmentation(rle) for rle in found["rles"]] if "rles" in found else [{}] * len(boxes)
+        rows = zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist(), masks, strict=True)
+        for box, score, label, mask in rows:
             self._entries.append(
                 {
                     "image_id": target["image_id"],
@@ -97,10 +100,11 @@ class PredictionWriter(Callback):
                     "category_id": categories.id_of(label),
                     "bbox": [round(value, 2) for value in box],
                     "score": round(score, 5),
+                    **mask,
                 }
             )
 
-    def _draw(self, image: Tensor, target: dict[str, Any], found: dict[str, Tensor], categories: Categories) -> None:
+    def _draw(self, image: Tensor, target: dict[str, Any], found: dict[str, Any], categories: Categories) -> None:
         height, width = target["size"]
         original = F.resize(image[:, :height, :width], list(target["original_size"]), antialias=True)
         picture = draw_detections(
@@ -109,6 +113,7 @@ class PredictionWriter(Callback):
             found["labels"],
             found["scores"],
             names=categories.names,
+            masks=found.get("rles"),
             score_threshold=self.score_threshold,
         )
         self.drawn += int((found["scores"] >= self.score_threshold).sum())
@@ -224,6 +229,10 @@ class ClassificationWriter(Callback):
             chosen = slice(number, number + 1)
             picture = draw_kept_patches(images[chosen], [kept[chosen] for kept in decisions], grid)
             _save(picture, self.output / "patches", file)
+
+
+def _segmentation(rle: dict[str, Any]) -> dict[str, Any]:
+    return {"segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}}
 
 
 def _table(predictions: Sequence[dict[str, Any]]) -> Table:

@@ -25,7 +25,7 @@ from effvit.errors import ConfigError
 if TYPE_CHECKING:
     from PIL import Image
 
-_CURVES = ("AP", "AP50", "top1", "top5")
+_CURVES = ("AP", "AP50", "mask_AP", "mask_AP50", "top1", "top5")
 
 
 class RunReport(Callback):
@@ -34,13 +34,15 @@ class RunReport(Callback):
     ``predictions.png`` shows ground truth beside prediction on a few validation images, the same ones after every
     validation: they are spread evenly over the validation data. ``curves.png``, written at most every 20 s and at the
     end, shows loss, AP or accuracy, and learning rate over steps; the history behind it is part of the checkpoint, so a
-    resumed run goes on with the same curves. The table has AP, AP50, AP75, APs, APm and APl (a dash where COCO has
-    nothing to find), and the AP of each class where the task computes it; for a classifier top-1, top-5, loss and
-    calibration error, and the accuracy of each class, or of the worst and the best ten of more than a hundred.
+    resumed run goes on with the same curves. The table has AP, AP50, AP75, APs, APm and APl of boxes and of masks (a
+    dash where COCO has nothing to find), and the AP of each class where the task computes it; for a classifier top-1,
+    top-5, loss and calibration error, and the accuracy of each class, or of the worst and the best ten of more than a
+    hundred.
 
     Pictures need a task whose ``validation_step`` returns ``{"detections": [...]}`` (``boxes`` as (x1, y1, x2, y2) in
-    pixels of the original image, ``scores``, ``labels``, optionally ``masks`` in the original's size) for a batch
-    ``(images uint8 (B, 3, H, W), targets)``, and which has ``categories``. Any other task gets curves and a table.
+    pixels of the original image, ``scores``, ``labels``, and for masks ``rles``, compressed COCO masks at the original
+    size) for a batch ``(images uint8 (B, 3, H, W), targets)``, and which has ``categories``. Masks of the ground truth
+    are drawn where the targets have ``masks``. Any other task gets curves and a table.
 
     Args:
         images: Validation images in ``predictions.png``; 0 for no picture.
@@ -211,14 +213,14 @@ class RunReport(Callback):
         draw_curves(folder / "curves.png", self._steps, self._losses, self._rates, self._evaluations, names)
 
     def _pair(
-        self, image: Tensor, target: Mapping[str, Any], found: Mapping[str, Tensor], names: Sequence[str]
+        self, image: Tensor, target: Mapping[str, Any], found: Mapping[str, Any], names: Sequence[str]
     ) -> tuple[Image.Image, Image.Image]:
         height, width = target["size"]
         original_height, original_width = target["original_size"]
         image = image[:, :height, :width].cpu()
         scale = torch.tensor([width / original_width, height / original_height] * 2)
         truth = draw_detections(
-            image, target["boxes"], target["labels"], names=names, masks=_masks(target, height, width), max_side=640
+            image, target["boxes"], target["labels"], names=names, masks=target.get("masks"), max_side=640
         )
         prediction = draw_detections(
             image,
@@ -226,7 +228,7 @@ class RunReport(Callback):
             found["labels"],
             found["scores"],
             names=names,
-            masks=_masks(found, height, width),
+            masks=found.get("rles"),
             score_threshold=self.score_threshold,
             max_side=640,
         )
@@ -250,9 +252,9 @@ class RunReport(Callback):
         weights = "" if updates is None else f" ({'averaged' if updates else 'raw'} weights)"
         console.print()
         console.print(metrics_table(shown, title + weights))
-        measure, per_class = _per_class(pl_module)
+        per_class, measures = _per_class(pl_module)
         if per_class:
-            console.print(class_table(per_class, measure))
+            console.print(class_table(per_class, measures))
 
     def _seconds(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
@@ -263,30 +265,22 @@ def _metrics(trainer: Trainer, prefix: str) -> dict[str, float]:
     return {name[len(prefix) :]: float(value) for name, value in found if name.startswith(prefix)}
 
 
-def _masks(objects: Mapping[str, Any], height: int, width: int) -> Tensor | None:
-    masks = objects.get("masks")
-    if masks is None or len(masks) == 0:
-        return None
-    masks = torch.as_tensor(masks).cpu().float()[:, None]
-    if masks.shape[-2:] != (height, width):
-        masks = torch.nn.functional.interpolate(masks, (height, width), mode="bilinear")
-    return masks[:, 0] > 0.5
+def _per_class(pl_module: LightningModule) -> tuple[list[tuple[str, list[float]]], list[str]]:
+    """Class names with their values, and the names of the values.
 
-
-def _per_class(pl_module: LightningModule) -> tuple[str, list[tuple[str, float]]]:
-    """A metric's name, and pairs of a class name and its value.
-
-    They come from ``result.per_class`` of the task: ``{"bbox": AP by category id}`` of a detector, accuracy by label of
-    a classifier.
+    They come from ``result.per_class`` of the task: ``{"bbox": AP by category id}`` of a detector, and the same as
+    ``"segm"`` where it finds masks; accuracy by label of a classifier.
     """
     found = getattr(getattr(pl_module, "result", None), "per_class", None)
     categories = getattr(pl_module, "categories", None)
     if not isinstance(found, Mapping) or not isinstance(categories, Categories):
-        return "", []
+        return [], []
     if hasattr(pl_module.result, "confusion"):
-        return "accuracy", [(categories.names[label], float(value)) for label, value in found.items()]
+        return [(categories.names[label], [float(value)]) for label, value in found.items()], ["accuracy"]
+    kinds = [name for name in ("bbox", "segm") if name in found]
     names = categories.to_dict()
-    return "AP", [(names[category_id], float(value)) for category_id, value in found.get("bbox", {}).items()]
+    rows = [(names[key], [float(found[kind][key]) for kind in kinds]) for key in (found[kinds[0]] if kinds else ())]
+    return rows, ["AP"] if kinds == ["bbox"] else [{"bbox": "box AP", "segm": "mask AP"}[kind] for kind in kinds]
 
 
 def _best(trainer: Trainer) -> str:

@@ -73,7 +73,7 @@ class AnnotationTable:
         self._labels = _shared([categories.label_of(annotation["category_id"]) for annotation in flat], torch.int32)
         self._segments: tuple[torch.Tensor, torch.Tensor] | None = None
         if masks:
-            self._segments = _blob([json.dumps(_segmentation(a), separators=(",", ":")).encode() for a in flat])
+            self._segments = _blob([json.dumps(a["segmentation"], separators=(",", ":")).encode() for a in flat])
 
     def __len__(self) -> int:
         """Number of images."""
@@ -131,14 +131,6 @@ def paint_segmentation(mask: Mask, segmentation: Any) -> None:
 def _is_target(annotation: dict[str, Any]) -> bool:
     w, h = annotation["bbox"][2:]
     return not annotation.get("iscrowd") and w >= _MIN_SIDE and h >= _MIN_SIDE
-
-
-def _segmentation(annotation: dict[str, Any]) -> Any:
-    """The segmentation, or the box as a polygon where a data set has boxes only."""
-    if annotation.get("segmentation"):
-        return annotation["segmentation"]
-    x, y, w, h = annotation["bbox"]
-    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
 
 
 def _shared(values: list[Any], dtype: torch.dtype) -> torch.Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from effvit.categories import Categories
+from effvit.datamodules._segmentations import segmentation_fault, shorten
 from effvit.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ _SHOWN = 20
 
 # The faults that `clip` repairs; it leaves out what has one of the others.
 CLIPPABLE = "outside"
+
+# What only a detector of masks minds.
+NO_SEGMENTATION = "no-segmentation"
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def find_faults(data: dict[str, Any], folder: Path | None = None, *, masks: bool
     Args:
         data: A COCO dictionary with the right top level.
         folder: Image folder, to look for missing files; None to leave that out.
-        masks: Check segmentations too.
+        masks: Check segmentations too: that every object has one, and that it can be drawn.
 
     Raises:
         DatasetError: The list of categories itself is unusable.
@@ -113,7 +117,7 @@ def _image_faults(entries: list[dict[str, Any]]) -> tuple[list[Fault], dict[Any,
         where: dict[str, Any] = {"image_id": image_id if _is_int(image_id) else None, "position": position}
         where["file"] = name if isinstance(name, str) else None
         if not _is_int(image_id) or not isinstance(name, str) or not name:
-            message = f"images[{position}] needs an integer 'id' and a 'file_name', it has {_short(entry)}"
+            message = f"images[{position}] needs an integer 'id' and a 'file_name', it has {shorten(entry)}"
             faults.append(Fault("bad-image", message, **where))
         elif image_id in images:
             first = images[image_id]["file_name"]
@@ -153,7 +157,7 @@ def _annotation_faults(
     image = images.get(image_id) if _is_int(image_id) else None
     found: list[tuple[str, str]] = []
     if not _is_int(number):
-        found.append(("bad-annotation", f"annotations[{position}] needs an integer 'id', it has {_short(annotation)}"))
+        found.append(("bad-annotation", f"annotations[{position}] needs an integer 'id', it has {shorten(annotation)}"))
     elif number in seen:
         found.append(("duplicate-annotation-id", "an annotation before has the same id"))
     else:
@@ -179,29 +183,17 @@ def _annotation_faults(
 
 
 def _segmentation_faults(segmentation: Any, image: dict[str, Any] | None) -> list[tuple[str, str]]:
-    message = ""
-    if isinstance(segmentation, dict):
-        size, counts = segmentation.get("size"), segmentation.get("counts")
-        if not isinstance(counts, str | list) or not isinstance(size, list):
-            message = f"a run-length segmentation needs 'size' and 'counts', it has {_short(sorted(segmentation))}"
-        elif image is not None and size != [image.get("height"), image.get("width")]:
-            message = f"segmentation of size {size} on an image of {[image.get('height'), image.get('width')]} (h, w)"
-    elif segmentation and not (isinstance(segmentation, list) and all(map(_is_polygon, segmentation))):
-        shown = _short(segmentation)
-        message = f"segmentation must be polygons of at least 3 points [x, y, …] or run lengths, found {shown}"
+    if not segmentation:
+        message = "there is no segmentation; mask_rcnn needs one for each object, retinanet and faster_rcnn do without"
+        return [(NO_SEGMENTATION, message)]
+    known = image is not None and all(_is_int(image.get(key)) for key in ("height", "width"))
+    message = segmentation_fault(segmentation, (image["height"], image["width"]) if image and known else None)
     return [("bad-segmentation", message)] if message else []
-
-
-def _is_polygon(part: Any) -> bool:
-    if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
-        return False
-    # Both without a loop in Python, as COCO has forty million coordinates; a sum is finite if all its terms are.
-    return set(map(type, part)) <= {int, float} and math.isfinite(sum(part))
 
 
 def _box_faults(box: Any, image: dict[str, Any] | None) -> list[tuple[str, str]]:
     if not isinstance(box, list) or len(box) != 4 or not set(map(type, box)) <= {int, float}:
-        return [("bad-box", f"bbox must be four numbers [x, y, width, height], found {_short(box)}")]
+        return [("bad-box", f"bbox must be four numbers [x, y, width, height], found {shorten(box)}")]
     if not all(map(math.isfinite, box)):
         return [("not-finite", f"bbox {box} holds NaN or infinity")]
     if box[2] <= 0 or box[3] <= 0:
@@ -272,8 +264,3 @@ def fault_table(faults: list[Fault]) -> str:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _short(value: object, most: int = 120) -> str:
-    text = repr(value)
-    return text if len(text) <= most else text[: most - 1] + "…"

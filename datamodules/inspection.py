@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from effvit.categories import Categories
-from effvit.datamodules._checks import Fault, find_faults, read_coco
+from effvit.datamodules._checks import NO_SEGMENTATION, Fault, find_faults, read_coco
 from effvit.datamodules._decode import SizeMismatchError, read_image
 from effvit.errors import DatasetError
 
@@ -33,6 +33,7 @@ class DatasetReport:
         box_sizes: Objects that COCO counts as "small" (area below 32²), "medium" and "large" (from 96²), by box area.
         image_sizes: Smallest and largest (width, height) by area; None without a sound image entry.
         faults: Every fault, in the order images, annotations, files.
+        num_masks: Annotations with a segmentation, crowd regions included.
         decoded: Whether the image files were opened.
     """
 
@@ -47,6 +48,7 @@ class DatasetReport:
     image_sizes: tuple[tuple[int, int], tuple[int, int]] | None
     faults: list[Fault] = field(default_factory=list)
     decoded: bool = True
+    num_masks: int = 0
 
     @property
     def ok(self) -> bool:
@@ -73,11 +75,21 @@ class DatasetReport:
                 f"{self.num_crowd} crowd regions, {len(self.class_counts)} classes"
             ),
             "box sizes    " + ", ".join(f"{name} {number}" for name, number in self.box_sizes.items()),
+            f"masks        {self._masks()}",
         ]
         if self.image_sizes is not None:
             (w0, h0), (w1, h1) = self.image_sizes
             lines.append(f"image sizes  {w0}x{h0} to {w1}x{h1}")
         return lines
+
+    def _masks(self) -> str:
+        annotations = self.num_objects + self.num_crowd
+        if self.num_masks == annotations:
+            return "every annotation has a segmentation"
+        return (
+            f"{annotations - self.num_masks} of {annotations} annotations have no segmentation: enough for a detector "
+            "of boxes; mask_rcnn stops at them (--data.faults skip leaves them out)"
+        )
 
     def _classes(self) -> list[str]:
         width = max((len(name) for name in self.class_counts), default=0)
@@ -125,7 +137,7 @@ def inspect_coco(json_path: str | Path, image_dir: str | Path, decode_images: bo
     if not folder.is_dir():
         raise DatasetError(f"there is no image folder {folder}")
     categories = Categories.from_coco(data["categories"])
-    faults = find_faults(data, folder)
+    faults = [fault for fault in find_faults(data, folder) if fault.kind != NO_SEGMENTATION]
     if decode_images:
         faults += _file_faults(data["images"], folder, {fault.image_id for fault in faults if fault.kind in _NO_FILE})
     annotated = {
@@ -144,6 +156,7 @@ def inspect_coco(json_path: str | Path, image_dir: str | Path, decode_images: bo
         image_sizes=_image_sizes(data["images"]),
         faults=faults,
         decoded=decode_images,
+        num_masks=sum(bool(annotation.get("segmentation")) for annotation in data["annotations"]),
     )
 
 

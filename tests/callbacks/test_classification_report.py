@@ -342,7 +342,9 @@ def test_captions_are_cut_to_fit() -> None:
 def test_very_many_classes_are_cut_to_the_worst_and_best(capsys: pytest.CaptureFixture[str]) -> None:
     from rich import get_console
 
-    get_console().print(class_table([(f"c{n}", n / 1000) for n in range(1000)] + [("none", math.nan)], "accuracy"))
+    get_console().print(
+        class_table([(f"c{n}", [n / 1000]) for n in range(1000)] + [("none", [math.nan])], ["accuracy"])
+    )
     text = capsys.readouterr().out
     assert re.search(r"worst classes +accuracy +best classes +accuracy", text)
     rows = [line.split() for line in text.splitlines() if line.strip().startswith("c")]

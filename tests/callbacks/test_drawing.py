@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as mask_api
 
 from effvit.callbacks import class_colour, draw_detections, panel_grid
 
@@ -89,6 +90,29 @@ def test_masks_tint_their_pixels_only() -> None:
     expected = 128 + 0.45 * (np.array(class_colour(1)) - 128.0)
     np.testing.assert_allclose(pixels[275, 275], expected, atol=1)
     assert (pixels[320, 320] == 128).all()
+
+
+def test_masks_may_be_run_lengths_of_another_size() -> None:
+    small = np.zeros((250, 300), dtype=np.uint8, order="F")
+    small[100:200, 100:200] = 1
+    boxes, labels = torch.tensor([[200.0, 200, 400, 400]]), torch.tensor([1])
+    dense = torch.from_numpy(small).repeat_interleave(2, 0).repeat_interleave(2, 1)[None]
+    expected = draw_detections(_grey(500, 600), boxes, labels, names=NAMES, masks=dense)
+    drawn = draw_detections(_grey(500, 600), boxes, labels, names=NAMES, masks=[mask_api.encode(small)])
+    np.testing.assert_array_equal(np.asarray(drawn), np.asarray(expected))
+    assert (np.asarray(drawn)[300, 300] != 128).any()
+
+
+def test_only_drawn_masks_are_decoded() -> None:
+    inside = np.asfortranarray(np.ones((40, 60), np.uint8))
+    masks = [{"size": [40, 60], "counts": b"never read"}, mask_api.encode(inside)]
+    boxes, scores = torch.tensor([[1.0, 1, 9, 9], [0.0, 0, 60, 40]]), torch.tensor([0.3, 0.8])
+    picture = draw_detections(
+        _grey(40, 60), boxes, torch.tensor([0, 1]), scores, names=NAMES, masks=masks, score_threshold=0.5
+    )
+    assert (np.asarray(picture)[80, 120] != 128).any()
+    with pytest.raises(ValueError, match="'boxes': 2, 'labels': 2, 'masks': 1"):
+        draw_detections(_grey(40, 60), boxes, torch.tensor([0, 1]), names=NAMES, masks=masks[:1])
 
 
 def test_unknown_label_and_degenerate_boxes_are_drawn() -> None:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as mask_api
 
-from effvit.callbacks import Progress, RunReport
+from effvit.callbacks import Progress, RunReport, class_colour
 from effvit.callbacks._curves import draw_curves, smooth
 from effvit.callbacks._run_folder import spread
 from effvit.callbacks._tables import format_metric, format_seconds
@@ -105,6 +106,55 @@ def test_prediction_is_drawn_over_the_ground_truth(tmp_path: Path) -> None:
     np.testing.assert_array_equal(truth[below_captions], prediction[below_captions])
     assert (truth[200, 78:82] != 0).any()  # the left edge, at 4 * 20
     assert (truth[200, 238:242] != 0).any()  # the right edge, at 4 * 60
+
+
+class MaskDetector(Detector):
+    """The same with masks: the upper half of every box, at the size of the original."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.result = SimpleNamespace(
+            per_class={"bbox": {3: 0.7, 7: -1.0}, "segm": {3: 0.65, 7: -1.0}}, metrics={"bbox": {}, "segm": {}}
+        )
+
+    def validation_step(self, batch, batch_idx):
+        outputs = super().validation_step(batch, batch_idx)
+        for found in outputs["detections"]:
+            found["rles"] = [_half(box) for box in found["boxes"].int().tolist()]
+        return outputs
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self.log_dict({"val/mask_AP": 0.111, "val/mask_AP50": 0.444, "val/mask_APs": -1.0})
+
+
+def _half(box: list[int]) -> dict[str, Any]:
+    mask = np.zeros((160, 200), dtype=np.uint8, order="F")
+    mask[box[1] : (box[1] + box[3]) // 2, box[0] : box[2]] = 1
+    return mask_api.encode(mask)
+
+
+def test_masks_are_drawn_and_have_their_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = _images()
+    for _, targets in data.dataset:
+        for target in targets:
+            target["masks"] = torch.from_numpy(mask_api.decode([_half([40, 60, 120, 140])])).permute(2, 0, 1)
+    options = {"enable_checkpointing": False, "enable_progress_bar": True}
+    trainer = helper.make_trainer(tmp_path, [RunReport(images=1), Progress()], **options)
+    trainer.fit(MaskDetector(), helper.Loader(), data)
+    sheet = np.asarray(Image.open(tmp_path / "predictions.png").convert("RGB")).astype(int)
+    tint = (0.45 * np.array(class_colour(0))).round()  # over the black image
+    for columns in (slice(0, sheet.shape[1] // 2), slice(sheet.shape[1] // 2, None)):
+        tinted = (abs(sheet[:, columns] - tint) <= 1).all(-1)
+        assert 0.8 < tinted.sum() / (160 * 80) < 1  # half of a box of 160 x 160, less its frame
+    text = capsys.readouterr().out
+    assert re.search(r"boxes +0\.123 +0\.457 +0\.050", text)
+    assert re.search(r"masks +0\.111 +0\.444 +\N{EN DASH} +\N{EN DASH}", text)
+    assert re.search(r"class +box AP +mask AP", text)
+    assert re.search(r"disc +0\.700 +0\.650", text)
+    assert "AP75 0.0500  mask_AP 0.1110  mask_AP50 0.4440" in text
 
 
 def test_same_images_after_every_validation(tmp_path: Path) -> None:

@@ -6,8 +6,11 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
+from pycocotools import mask as mask_api
 
+from effvit.datamodules._segmentations import segmentation_fault
 from effvit.datamodules.coco import CocoDetection
 from effvit.datamodules.inspection import inspect_coco
 from effvit.errors import DatasetError
@@ -155,6 +158,14 @@ def test_other_policies_leave_out_what_is_faulty(faulty, name, policy, caplog):
         ("mask.png", "must be polygons"),
         ({"counts": "abc"}, "needs 'size' and 'counts', it has"),
         ({"size": [96, 64], "counts": [96 * 64]}, r"segmentation of size \[96, 64\] on an image of \[64, 96\]"),
+        ({"size": [64, 96], "counts": [50]}, "the run lengths add up to 50 pixels, the image has 96x64"),
+        ({"size": [64, 96], "counts": [-1, 64 * 96 + 1]}, "must be integers of 0 or more"),
+        ({"size": [64, 96], "counts": "no run lengths"}, "must be integers of 0 or more, or COCO's text"),
+        ({"size": [64, 96], "counts": "é"}, "must be integers of 0 or more, or COCO's text"),
+        ({"size": [64, 96], "counts": "oooooooo0"}, "must be integers of 0 or more, or COCO's text"),
+        ({"size": [64, 96], "counts": "0"}, "the run lengths add up to 0 pixels"),
+        ([[0, 0, 1e9, 0, 1e9, 1e9]], r"a polygon goes from 0 to 1e\+09, far beyond the image of 96x64 pixels"),
+        ([[0, 0, 9, 0, 9, -65]], "a polygon goes from -65 to 0, far beyond the image"),
     ],
 )
 def test_bad_segmentation_matters_where_masks_are_loaded(faulty, segmentation, message):
@@ -300,11 +311,40 @@ def test_report_finds_everything_in_one_pass(faulty):
     assert "image files were not opened" in str(without_files)
 
 
+@pytest.mark.parametrize("empty", [None, [], {}])
+def test_objects_without_a_mask_stop_a_detector_of_masks_only(faulty, empty):
+    root = faulty(lambda coco: coco["annotations"][1].update(segmentation=empty))
+    with pytest.raises(DatasetError, match=r"\[no-segmentation\] image 2, annotation 2, .*faster_rcnn do without"):
+        CocoDetection(str(root), masks=True).setup("fit")
+    CocoDetection(str(root)).setup("fit")
+    data = CocoDetection(str(root), masks=True, faults="skip", num_workers=0)
+    data.setup("fit")
+    targets = [target for _, batch in data.train_dataloader() for target in batch]
+    assert {target["image_id"]: len(target["masks"]) for target in targets} == {1: 1, 2: 1}
+    report = inspect_coco(root / "annotations" / "instances_train.json", root / "train", decode_images=False)
+    assert report.ok
+    assert "masks        1 of 3 annotations have no segmentation" in str(report)
+
+
+def test_run_lengths_are_read_as_pycocotools_does():
+    random = np.random.default_rng(0)
+    for density in (0.0, 0.01, 0.3, 0.99, 1.0):
+        for height, width in ((1, 1), (7, 1), (64, 96), (500, 300)):
+            mask = np.asfortranarray(random.random((height, width)) < density).astype(np.uint8)
+            rle = mask_api.encode(mask)
+            fault = segmentation_fault({"size": [height, width], "counts": rle["counts"].decode()}, (height, width))
+            assert fault == ""
+            pixels = height * width + 1
+            fault = segmentation_fault({"size": [1, pixels], "counts": rle["counts"].decode()}, (1, pixels))
+            assert f"add up to {height * width} pixels" in fault
+
+
 def test_report_of_a_sound_data_set(faulty):
     root = faulty(lambda coco: None)
     report = inspect_coco(str(root / "annotations" / "instances_train.json"), str(root / "train"))
     assert report.ok
     assert "no faults" in str(report)
+    assert "every annotation has a segmentation" in str(report)
     assert report.image_sizes == ((96, 64), (96, 64))
     with pytest.raises(DatasetError, match="no image folder"):
         inspect_coco(root / "annotations" / "instances_train.json", root / "elsewhere")
