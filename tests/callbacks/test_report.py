@@ -148,7 +148,7 @@ def test_masks_are_drawn_and_have_their_rows(tmp_path: Path, capsys: pytest.Capt
     tint = (0.45 * np.array(class_colour(0))).round()  # over the black image
     for columns in (slice(0, sheet.shape[1] // 2), slice(sheet.shape[1] // 2, None)):
         tinted = (abs(sheet[:, columns] - tint) <= 1).all(-1)
-        assert 0.8 < tinted.sum() / (160 * 80) < 1  # half of a box of 160 x 160, less its frame
+        assert 0.6 < tinted.sum() / (160 * 80) < 1  # half of a box of 160 x 160, less its frame and soft edges
     text = capsys.readouterr().out
     assert re.search(r"boxes +0\.123 +0\.457 +0\.050", text)
     assert re.search(r"masks +0\.111 +0\.444 +\N{EN DASH} +\N{EN DASH}", text)
