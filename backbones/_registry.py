@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import inspect
@@ -14,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from effvit.errors import ConfigError, close_matches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from effvit.backbones._contract import Backbone, VariantInfo
 
@@ -112,8 +113,18 @@ def outline(name: str) -> Backbone:
 
 @functools.cache
 def _outline(name: str) -> Backbone:
-    with torch.device("meta"), _NoValues():
+    with without_memory():
         return build(name, {})
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Networks built inside take no memory for their weights and no time to draw them (torch's meta device).
+
+    Shapes can be told from them, and what a forward pass costs, but not its outcome.
+    """
+    with torch.device("meta"), _NoValues():
+        yield
 
 
 class _NoValues(TorchFunctionMode):
