@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from effvit.backbones._recompute import recompute_later
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,16 @@ class Backbone(nn.Module, ABC):
         Returns:
             The name, or ``None`` for an entry that is derived from the others and not loaded.
         """
+
+    @classmethod
+    def options_in(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Options that a checkpoint shows the network to have been built with, such as ``{"official_grid": 25}``.
+
+        Args:
+            state: The checkpoint's entries, under any prefix.
+        """
+        del state
+        return {}
 
     def resize_table(self, name: str, table: Tensor, shape: torch.Size) -> Tensor | None:
         """A checkpoint's position table brought to this network's shape, where the family has such tables.

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effvit.backbones._simple_pyramid import SimplePyramid
-from effvit.backbones._unread import unread_parameters
+from effvit.backbones._unread import freeze_unread
 from effvit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -216,8 +216,7 @@ class FeaturePyramid(_Levels):
         super().__init__()
         shared = _shared(backbone.feature_maps, levels)
         backbone.prepare_for_dense()
-        for name in unread_parameters(backbone, [f"c{number}" for number in shared]):
-            backbone.get_parameter(name).requires_grad_(False)
+        freeze_unread(backbone, [f"c{number}" for number in shared])
         self.backbone = backbone
         self._make(backbone.feature_maps, levels, out_channels, coarser)
 

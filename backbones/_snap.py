@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from effvit.backbones._windows import AttentionBias, fit_bias_table, side_of
 from effvit.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 HEADS = 8
 ORIGIN = "timm's copy on the Hugging Face hub; the authors publish on Google Drive"
@@ -111,18 +111,32 @@ class SnapNetwork(Backbone):
         self.check_unexpected(name, table)
         return fit_bias_table(table, shape) if name.endswith("attention_biases") else None
 
+    @classmethod
+    def options_in(cls, state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The nominal grid of a dense network; see ``Backbone.options_in``."""
+        grids = (_grid_of(key, value) for key, value in state.items())
+        grid = next((grid for grid in grids if grid is not None), None)
+        return {} if grid is None else {"official_grid": grid}
+
     def check_unexpected(self, key: str, value: Tensor) -> None:
         """Refuses the tables of Snap's dense files where they are not the network's; see ``Backbone``."""
-        if not key.endswith(DENSE_TABLE) or value.ndim != 2:
+        side = _grid_of(key, value)
+        if side is None:
             return
-        # The attention of a downsampling reads the finer map.
-        side = side_of(value) // (2 if ".attn." in key else 1)
         grid = self.official_grid
         built = "without official_grid" if grid is None else f"with official_grid={grid}"
         raise CheckpointError(
             f"{self.info.name}: these weights are of a dense network with attention biases for a nominal grid of "
             f"{side}x{side} cells ({key}), and this one was built {built}; build it with official_grid={side}"
         )
+
+
+def _grid_of(key: str, value: Tensor) -> int | None:
+    """Side of the nominal grid that an entry of a dense network's file is made for; of no other entry."""
+    if not key.endswith(DENSE_TABLE) or value.ndim != 2:
+        return None
+    # The attention of a downsampling reads the finer map.
+    return side_of(value) // (2 if ".attn." in key else 1)
 
 
 def _check_grid(value: object) -> None:

@@ -15,6 +15,17 @@ if TYPE_CHECKING:
 _SIDE = 64
 
 
+def freeze_unread(backbone: Backbone, levels: Collection[str]) -> None:
+    """Freezes the parameters that would never get a gradient, which distributed training takes for an error.
+
+    Args:
+        backbone: Any, in its dense form.
+        levels: Names of the maps that are read.
+    """
+    for name in unread_parameters(backbone, levels):
+        backbone.get_parameter(name).requires_grad_(False)
+
+
 def unread_parameters(backbone: Backbone, levels: Collection[str]) -> list[str]:
     """Names of the parameters that would never get a gradient from these maps.
 

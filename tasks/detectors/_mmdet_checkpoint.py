@@ -1,0 +1,237 @@
+"""Weights of detectors that MMDetection has trained, for ours.
+
+Files of MMDetection 2.x and 3.x name the layers alike: ``backbone``, ``neck`` and the heads, of which the background is
+the last class. The published ones are EfficientViT-M4's RetinaNet and Mask R-CNN (github.com/microsoft/Cream,
+``EfficientViT/downstream``) and the Mask R-CNN of both EfficientFormers (github.com/snap-research/EfficientFormer,
+``detection``). All were trained on RGB images normalised with ImageNet's mean and deviation, as our backbones are fed.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from effvit.backbones import FeaturePyramid, LoadReport, outline
+from effvit.backbones import load_state as load_backbone
+from effvit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from effvit.tasks.detectors._contract import Detector
+
+#: The parts of a detector there, after any prefix such as DistributedDataParallel's.
+_ROOT = re.compile(r"^((?:\w+\.)*?)(?:roi_head|rpn_head|bbox_head|mask_head|panoptic_head)\.")
+_BACKBONE = "pyramid.backbone."
+_NAMED = 3
+
+# What our heads, which are torchvision's, are called there.
+_HEADS = (
+    (r"^head\.classification_head\.conv\.(\d+)\.0\.", r"bbox_head.cls_convs.\1.conv."),
+    (r"^head\.regression_head\.conv\.(\d+)\.0\.", r"bbox_head.reg_convs.\1.conv."),
+    (r"^head\.classification_head\.cls_logits\.", "bbox_head.retina_cls."),
+    (r"^head\.regression_head\.bbox_reg\.", "bbox_head.retina_reg."),
+    (r"^rpn\.head\.conv\.0\.0\.", "rpn_head.rpn_conv."),
+    (r"^rpn\.head\.cls_logits\.", "rpn_head.rpn_cls."),
+    (r"^rpn\.head\.bbox_pred\.", "rpn_head.rpn_reg."),
+    (r"^roi_heads\.box_head\.fc6\.", "roi_head.bbox_head.shared_fcs.0."),
+    (r"^roi_heads\.box_head\.fc7\.", "roi_head.bbox_head.shared_fcs.1."),
+    (r"^roi_heads\.box_predictor\.cls_score\.", "roi_head.bbox_head.fc_cls."),
+    (r"^roi_heads\.box_predictor\.bbox_pred\.", "roi_head.bbox_head.fc_reg."),
+    (r"^roi_heads\.mask_head\.(\d+)\.0\.", r"roi_head.mask_head.convs.\1.conv."),
+    (r"^roi_heads\.mask_predictor\.conv5_mask\.", "roi_head.mask_head.upsample."),
+    (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "roi_head.mask_head.conv_logits."),
+)
+
+# Which layers tell a detector, the first that fits; what we call it, and how it is chosen.
+_KINDS = (
+    ("roi_head.mask_head.conv_logits.", "a Mask R-CNN", "mask_rcnn"),
+    ("roi_head.bbox_head.fc_cls.", "a Faster R-CNN", "faster_rcnn"),
+    ("bbox_head.retina_cls.", "a RetinaNet", "retinanet"),
+)
+
+
+class _Kind(NamedTuple):
+    title: str
+    option: str
+
+
+def is_mmdet(state: Mapping[str, Tensor]) -> bool:
+    """Whether the entries of a checkpoint are those of a detector of MMDetection, of any kind."""
+    return any(_ROOT.match(name) for name in state)
+
+
+def backbone_options_in(state: Mapping[str, Tensor], backbone_name: str) -> dict[str, Any]:
+    """Options that a backbone has to be built with, see ``create_backbone``, to take the weights of a detector.
+
+    Args:
+        state: The detector's weights.
+        backbone_name: The backbone that they are to be loaded into.
+
+    Returns:
+        Such as ``{"official_grid": 25}`` for the files of Snap's detectors.
+    """
+    return outline(backbone_name).options_in(state)
+
+
+def load_mmdet(detector: Detector, state: Mapping[str, Tensor], source: str | Path) -> LoadReport:
+    """Loads the weights of a detector of MMDetection into one of ours, all of them.
+
+    Args:
+        detector: A RetinaNet, Faster R-CNN or Mask R-CNN of ours, not fused; see also `backbone_options_in`.
+        state: The file's entries.
+        source: The file, for messages.
+
+    Returns:
+        What was loaded. `unexpected` can only hold entries of the backbone that it does not read.
+
+    Raises:
+        CheckpointError: The file holds another detector, backbone or number of classes, or not all of the weights; the
+            detector may then have those of the backbone.
+    """
+    prefix = next(found[1] for name in state if (found := _ROOT.match(name)))
+    entries = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    theirs = _counterparts(detector, entries)
+    _check_kind(theirs.values(), entries, source, type(detector).__name__)
+    _check_classes(detector, theirs, entries, source)
+    _check_layers(detector, theirs, entries, source)
+    pyramid = detector.get_submodule("pyramid")
+    assert isinstance(pyramid, FeaturePyramid)
+    backbone = pyramid.backbone
+    trunk = {name: value for name, value in entries.items() if name.startswith("backbone.")}
+    report = load_backbone(backbone, trunk, source)
+    lost = [name for name in report.missing if not name.startswith(backbone.embed_only)]
+    if lost:
+        raise CheckpointError(
+            f"{source} has no weights for {_some(lost)} of {backbone.info.name}, which a detector's file does have: it "
+            "was trained with other options of the backbone"
+        )
+    detector.load_state_dict({name: entries[key] for name, key in theirs.items()}, strict=False)
+    return LoadReport(
+        matched=(*_within(report.matched), *theirs),
+        missing=_within(report.missing),
+        unexpected=tuple(prefix + name for name in report.unexpected),
+        resized=_within(report.resized),
+        mismatched=_within(report.mismatched),
+    )
+
+
+def _within(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of the backbone as the detector's."""
+    return tuple(_BACKBONE + name for name in names)
+
+
+def _counterparts(detector: Detector, entries: Iterable[str]) -> dict[str, str]:
+    """For each entry of ours outside the backbone, its name there; our own where there is none."""
+    pyramid = getattr(detector, "pyramid", None)
+    neck = _neck(pyramid, entries) if isinstance(pyramid, FeaturePyramid) else []
+    rules = [*neck, *_HEADS]
+    names = {}
+    for name in detector.state_dict():
+        if not name.startswith(_BACKBONE):
+            names[name] = next((re.sub(old, new, name) for old, new in rules if re.match(old, name)), name)
+    return names
+
+
+def _neck(pyramid: FeaturePyramid, entries: Iterable[str]) -> list[tuple[str, str]]:
+    """The rules for a pyramid: MMDetection's ``FPN``, the official ``EfficientViTFPN``, or our own in MMDetection."""
+    own = next((found for name in entries if (found := re.match(r"neck\.(.*?)(laterals|simple)\.p\d", name))), None)
+    if own is not None:
+        return [(r"^pyramid\.", f"neck.{own[1]}")]
+    laterals, finer = list(pyramid.laterals), list(pyramid.upsamplers)
+    parts = {f"laterals.{level}": f"lateral_convs.{i}" for i, level in enumerate(laterals)}
+    parts |= {f"outputs.{level}": f"fpn_convs.{i}" for i, level in enumerate(laterals)}
+    parts |= {f"downsamplers.{p}": f"fpn_convs.{i}" for i, p in enumerate(pyramid.downsamplers, len(laterals))}
+    # The official code counts the transposed convolutions in the order of the computation, from coarse to fine, and the
+    # convolutions on their outputs in the order of the levels, from fine to coarse.
+    parts |= {f"upsamplers.{level}": f"extra_trans_convs.{i}" for i, level in enumerate(finer)}
+    parts |= {f"outputs.{level}": f"extra_fpn_convs.{i}" for i, level in enumerate(reversed(finer))}
+    return [(rf"^pyramid\.{re.escape(ours)}\.", f"neck.{theirs}.conv.") for ours, theirs in parts.items()]
+
+
+def _kind_of(names: Iterable[str]) -> _Kind | None:
+    names = list(names)
+    for layer, title, option in _KINDS:
+        if any(name.startswith(layer) for name in names):
+            return _Kind(title, option)
+    return None
+
+
+def _check_kind(ours: Iterable[str], entries: Mapping[str, Tensor], source: str | Path, detector: str) -> None:
+    """Refuses a file of another detector, naming what it is where that can be told.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    wanted, given = _kind_of(ours), _kind_of(entries)
+    if wanted is None:
+        raise CheckpointError(f"{source} is a file of MMDetection, whose weights {detector} cannot take")
+    if given is None:
+        heads = sorted({".".join(name.split(".")[:2]) for name in entries if _ROOT.match(name)})
+        raise CheckpointError(
+            f"{source} holds a detector of MMDetection that is none of ours ({_some(heads)}): use it with its "
+            "configuration, --model.detector mmdet --model.mmdet_config FILE"
+        )
+    if given != wanted:
+        raise CheckpointError(
+            f"{source} holds {given.title} of MMDetection, not {wanted.title}: build that detector "
+            f"(--model.detector {given.option})"
+        )
+
+
+def _check_classes(
+    detector: Detector, theirs: Mapping[str, str], entries: Mapping[str, Tensor], source: str | Path
+) -> None:
+    """Refuses a file of other classes.
+
+    Raises:
+        CheckpointError: It is, with both numbers.
+    """
+    own = detector.state_dict()
+    for name, key in theirs.items():
+        if not key.endswith(("retina_cls.bias", "fc_cls.bias")) or key not in entries:
+            continue
+        background = key.endswith("fc_cls.bias")
+        anchors = 1 if background else own[name].numel() // detector.num_classes
+        given = entries[key].numel() // anchors - background
+        if given != detector.num_classes:
+            raise CheckpointError(
+                f"{source} was trained on {given} classes and this detector is for {detector.num_classes}: use data "
+                "with the same classes, or start from a backbone alone with --model.pretrained"
+            )
+
+
+def _check_layers(
+    detector: Detector, theirs: Mapping[str, str], entries: Mapping[str, Tensor], source: str | Path
+) -> None:
+    """Refuses a file whose neck or heads have other layers than ours.
+
+    Raises:
+        CheckpointError: It has; missing, additional or of another shape.
+    """
+    own = detector.state_dict()
+    missing = [key for key in theirs.values() if key not in entries]
+    known = {*theirs.values()}
+    unread = [
+        name for name in entries if name not in known and not name.startswith(("backbone.", "data_preprocessor."))
+    ]
+    odd = [
+        f"{key} {tuple(entries[key].shape)} for {tuple(own[name].shape)}"
+        for name, key in theirs.items()
+        if key in entries and entries[key].shape != own[name].shape
+    ]
+    titles = {"it lacks": missing, "it also has": unread, "of another shape are": odd}
+    wrong = "; ".join(f"{title} {_some(names)}" for title, names in titles.items() if names)
+    if wrong:
+        raise CheckpointError(
+            f"{source} has another pyramid or other heads than this detector, whose pyramid_channels, head_convs and "
+            f"head_channels must be the file's, and whose backbone must have the same strides: {wrong}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
