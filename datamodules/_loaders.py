@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -11,7 +11,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from effvit.datamodules._samplers import EpochBatches, ResumableLoader
 from effvit.datamodules._samples import single_threaded
-from effvit.errors import ConfigError
+from effvit.errors import ConfigError, close_matches
 
 
 class DataModule(LightningDataModule):
@@ -97,6 +97,12 @@ def check_unreadable(policy: str) -> None:
     """Raises ``ConfigError`` unless the policy for images that cannot be read is "error" or "skip"."""
     if policy not in {"error", "skip"}:
         raise ConfigError(f"unreadable must be 'error' or 'skip', found {policy!r}")
+
+
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
+    """Raises ``ConfigError`` for a value that is none of ``choices``."""
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {tuple(choices)}, found {value!r}. {close_matches(value, choices)}")
 
 
 def check_at_least(least: int, **values: int) -> None:

@@ -52,6 +52,7 @@ class AnnotatedImages(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
         sample: dict[str, Any] = {
             "image": tv_tensors.Image(image),
             "boxes": tv_tensors.BoundingBoxes(record.boxes, format="XYXY", canvas_size=record.size),
+            "labels": record.labels,
         }
         if record.masks is not None:
             sample["masks"] = tv_tensors.Mask(record.masks)
@@ -60,7 +61,7 @@ class AnnotatedImages(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
         target = {
             "image_id": record.image_id,
             "boxes": sample["boxes"].as_subclass(torch.Tensor),
-            "labels": record.labels,
+            "labels": sample["labels"],
             "size": tuple(sample["image"].shape[-2:]),
             "original_size": record.size,
             "file_name": record.file_name,

@@ -13,11 +13,11 @@ from effvit.categories import Categories
 from effvit.datamodules._annotations import AnnotationTable
 from effvit.datamodules._checks import Fault, apply_policy, fault_table, find_faults, read_coco
 from effvit.datamodules._layout import SplitFiles, find_split, has_split
-from effvit.datamodules._loaders import DataModule, check_at_least
+from effvit.datamodules._loaders import DataModule, check_at_least, check_choice
 from effvit.datamodules._samplers import ShapeBatches
 from effvit.datamodules._samples import AnnotatedImages
-from effvit.datamodules.transforms import Collate, eval_transform, train_transform
-from effvit.errors import ConfigError, DatasetError, close_matches
+from effvit.datamodules.transforms import AUGMENTATIONS, RESIZES, Collate, eval_transform, train_transform
+from effvit.errors import ConfigError, DatasetError
 
 _log = logging.getLogger(__name__)
 _POLICIES = ("error", "skip", "clip")
@@ -51,7 +51,10 @@ class CocoDetection(DataModule):
         val_batch_size: Images in a batch of evaluation. With 1, padding and hence AP do not depend on which images
             happen to share a batch.
         num_workers: Processes that load images; 0 loads in the training process.
-        image_size: Limits of the long and the short side in pixels; the ratio is kept.
+        image_size: Limits of the long and the short side in pixels, or width and height where ``resize`` is "squash".
+        resize: "keep_ratio", or "squash" to give images exactly ``image_size`` whatever their ratio, as SSD does.
+        augmentation: Of training images. "flip" is a horizontal flip alone; "ssd" crops around objects and distorts
+            colours before, as the published SSDLite recipe of MobileViT does, and knows no masks.
         scale_jitter: Range of a random factor on ``image_size`` in training.
         flip: Probability of a horizontal flip in training.
         pad_divisor: Height and width of a batch are multiples of this.
@@ -80,6 +83,8 @@ class CocoDetection(DataModule):
         val_batch_size: int = 1,
         num_workers: int = 2,
         image_size: tuple[int, int] = (1333, 800),
+        resize: Literal["keep_ratio", "squash"] = "keep_ratio",
+        augmentation: Literal["flip", "ssd"] = "flip",
         scale_jitter: tuple[float, float] = (1.0, 1.0),
         flip: float = 0.5,
         pad_divisor: int = 32,
@@ -106,11 +111,17 @@ class CocoDetection(DataModule):
             raise ConfigError(f"flip is a probability and must lie in 0 … 1, found {flip}")
         if not 0.0 < scale_jitter[0] <= scale_jitter[1]:
             raise ConfigError(f"scale_jitter must be a range 0 < low <= high, found {scale_jitter}")
-        if faults not in _POLICIES:
+        check_choice("faults", faults, _POLICIES)
+        check_choice("resize", resize, RESIZES)
+        check_choice("augmentation", augmentation, AUGMENTATIONS)
+        if masks and augmentation == "ssd":
             raise ConfigError(
-                f"faults must be one of {_POLICIES}, found {faults!r}. {close_matches(faults, _POLICIES)}"
+                "augmentation 'ssd' crops images, which masks of the original size cannot follow. Leave masks out, or "
+                "choose augmentation 'flip'"
             )
         self.image_size = image_size
+        self.resize = resize
+        self.augmentation = augmentation
         self.scale_jitter = scale_jitter
         self.flip = flip
         self.pad_divisor = pad_divisor
@@ -202,9 +213,9 @@ class CocoDetection(DataModule):
         total = len(data["images"])
         _log.info("%s split: %d of %d images, %d categories", split, len(table), total, len(categories))
         if training:
-            transform = train_transform(self.image_size, self.flip, self.scale_jitter)
+            transform = train_transform(self.image_size, self.flip, self.scale_jitter, self.resize, self.augmentation)
         else:
-            transform = eval_transform(self.image_size)
+            transform = eval_transform(self.image_size, self.resize)
         return AnnotatedImages(table, self._locate(split).images, transform, self.seed)
 
     def _read(self, splits: list[str]) -> dict[str, dict[str, Any]]:

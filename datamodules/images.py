@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from effvit.datamodules._decode import PREDICT_REMEDY, read_image
 from effvit.datamodules._image_samples import EvalImages, NetworkInput, collate
 from effvit.datamodules._image_sources import ListedFiles, image_endings
-from effvit.datamodules._loaders import check_at_least, check_unreadable, plain_loader
+from effvit.datamodules._loaders import check_at_least, check_choice, check_unreadable, plain_loader
 from effvit.datamodules._samples import PlainImages
-from effvit.datamodules.transforms import Collate, eval_transform
+from effvit.datamodules.transforms import RESIZES, Collate, eval_transform
 from effvit.errors import DatasetError
 
 _log = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ class ImageFiles(_Files):
         images: A file, a folder, or a list of them.
         batch_size: Images in a batch.
         num_workers: Processes that load images; 0 loads in the calling process.
-        image_size: Limits of the long and the short side in pixels; the ratio is kept.
+        image_size: Limits of the long and the short side in pixels, or width and height where ``resize`` is "squash".
+        resize: "keep_ratio", or "squash" to give images exactly ``image_size`` whatever their ratio.
         pad_divisor: Height and width of a batch are multiples of this.
         unreadable: "error" stops at a file that cannot be read, "skip" opens every file first and leaves those out.
 
@@ -79,17 +80,20 @@ class ImageFiles(_Files):
         batch_size: int = 1,
         num_workers: int = 0,
         image_size: tuple[int, int] = (1333, 800),
+        resize: Literal["keep_ratio", "squash"] = "keep_ratio",
         pad_divisor: int = 32,
         unreadable: Literal["error", "skip"] = "error",
     ) -> None:
         super().__init__(images, batch_size, num_workers, unreadable)
         check_at_least(1, pad_divisor=pad_divisor, **{"image_size[0]": image_size[0], "image_size[1]": image_size[1]})
+        check_choice("resize", resize, RESIZES)
         self.image_size = image_size
+        self.resize = resize
         self.pad_divisor = pad_divisor
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches ``(images, targets)``."""
-        dataset = PlainImages(self.files, self.names, eval_transform(self.image_size))
+        dataset = PlainImages(self.files, self.names, eval_transform(self.image_size, self.resize))
         return self._loader(dataset, Collate(self.pad_divisor))
 
 
