@@ -45,13 +45,19 @@ class _ImageDetections:
         boxes: ``(N, 4)`` float64 (x, y, width, height) in pixels of the original image.
         scores: ``(N,)`` float64.
         category_ids: ``(N,)`` int64.
-        rles: Compressed masks, or nothing.
+        size: Height and width of the image, where there are masks.
+        counts: Run lengths of the masks, or nothing. A dictionary for each would be twice as large as what it holds.
     """
 
     boxes: NDArray[np.float64]
     scores: NDArray[np.float64]
     category_ids: NDArray[np.int64]
-    rles: list[dict[str, Any]] | None
+    size: list[int] | None
+    counts: list[bytes | str] | None
+
+    def rles(self) -> list[dict[str, Any]]:
+        """The masks as COCO writes them."""
+        return [{"size": self.size, "counts": counts} for counts in self.counts or ()]
 
 
 class CocoEvaluator:
@@ -112,12 +118,15 @@ class CocoEvaluator:
             boxes,
             _to_numpy(found["scores"], np.float64),
             _to_numpy(found["category_ids"], np.int64),
-            None if rles is None else list(rles),
+            next((list(rle["size"]) for rle in rles or ()), None),
+            None if rles is None else [rle["counts"] for rle in rles],
         )
-        masks = boxes if image.rles is None else image.rles
+        masks = boxes if image.counts is None else image.counts
         lengths = {len(part) for part in (boxes, image.scores, image.category_ids, masks)}
         if len(lengths) != 1:
             raise ValueError(f"detections of image id {image_id} differ in length: {sorted(lengths)}")
+        if any(list(rle["size"]) != image.size for rle in rles or ()):
+            raise ValueError(f"masks of image id {image_id} differ in size: all need that of the original image")
         return image
 
     def results(self) -> list[dict[str, Any]]:
@@ -130,10 +139,11 @@ class CocoEvaluator:
         entries = []
         for image_id, image in self._seen.items():
             rows = zip(image.boxes.tolist(), image.scores.tolist(), image.category_ids.tolist(), strict=True)
+            rles = image.rles()
             for number, (box, score, category_id) in enumerate(rows):
                 entry: dict[str, Any] = {"image_id": image_id, "category_id": category_id, "bbox": box, "score": score}
-                if image.rles is not None:
-                    entry["segmentation"] = _json_rle(image.rles[number])
+                if rles:
+                    entry["segmentation"] = _json_rle(rles[number])
                 entries.append(entry)
         return entries
 
@@ -219,7 +229,7 @@ def _mask_entries(image_ids: list[int], images: list[_ImageDetections]) -> list[
         {"image_id": image_id, "category_id": category_id, "segmentation": rle, "score": score}
         for image_id, image in zip(image_ids, images, strict=True)
         for category_id, rle, score in zip(
-            image.category_ids.tolist(), image.rles or [], image.scores.tolist(), strict=True
+            image.category_ids.tolist(), image.rles(), image.scores.tolist(), strict=True
         )
     ]
 

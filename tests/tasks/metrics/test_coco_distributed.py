@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from pycocotools import mask as mask_api
 
 from effvit.errors import DatasetError
 from effvit.tasks.metrics.coco import CocoEvaluator
@@ -20,7 +21,7 @@ SCENARIOS = ("shared", "padded", "empty rank 1", "empty rank 0", "no images", "b
 
 
 def make_data():
-    """Ground truth of seven images and jittered detections of every object."""
+    """Ground truth of seven images, masks as polygons and run lengths, and jittered detections of every object."""
     random = np.random.default_rng(3)
     truth = {
         "images": [{"id": i, "height": 200, "width": 200} for i in range(NUM_IMAGES)],
@@ -34,7 +35,10 @@ def make_data():
         for corner, side, category_id in zip(corners, sides, category_ids, strict=True):
             box = [*corner.tolist(), *side.tolist()]
             entry = {"image_id": image_id, "category_id": int(category_id), "bbox": box, "area": box[2] * box[3]}
-            truth["annotations"].append({"id": len(truth["annotations"]) + 1, "iscrowd": 0, **entry})
+            number = len(truth["annotations"])
+            crowd = number % 9 == 4
+            mask = disc(box, text=number % 3 == 1) if crowd or number % 3 else [octagon(box)]
+            truth["annotations"].append({"id": number + 1, "iscrowd": int(crowd), "segmentation": mask, **entry})
         boxes = np.concatenate([corners, corners + sides], axis=1) + random.normal(0, 4, (6, 4))
         scores = random.integers(1, 6, 6) / 6  # equal scores across images: the order of the images shows
         detections.append(
@@ -42,9 +46,24 @@ def make_data():
                 "boxes": torch.tensor(boxes, dtype=torch.float32),
                 "scores": torch.tensor(scores, dtype=torch.float32),
                 "category_ids": torch.tensor(category_ids),
+                "rles": [disc([*box[:2], *(box[2:] - box[:2])]) for box in boxes],
             }
         )
     return truth, detections
+
+
+def octagon(box):
+    """A polygon inside a box."""
+    x, y, width, height = box
+    angles = np.arange(8) * np.pi / 4
+    points = np.stack([x + width * (1 + np.cos(angles)) / 2, y + height * (1 + np.sin(angles)) / 2], 1)
+    return points.ravel().tolist()
+
+
+def disc(box, text=False):
+    """The same as compressed run lengths, as a detector gives them or, with ``text``, as a JSON holds them."""
+    rle = mask_api.frPyObjects([octagon(box)], 200, 200)[0]
+    return {"size": rle["size"], "counts": rle["counts"].decode()} if text else rle
 
 
 def images_of(scenario, rank):
@@ -60,10 +79,16 @@ def images_of(scenario, rank):
     return list(range(rank, NUM_IMAGES, 2))
 
 
+def as_json(result):
+    """Metrics and AP by class of boxes and masks, with the keys that JSON has."""
+    per_class = {kind: {str(key): ap for key, ap in values.items()} for kind, values in result.per_class.items()}
+    return [result.metrics, per_class]
+
+
 def play(rank):
     """What one rank gets in every scenario: ``[metrics, AP by class]``, or the error's message."""
     truth, detections = make_data()
-    evaluator = CocoEvaluator()
+    evaluator = CocoEvaluator(("bbox", "segm"))
     outcomes = {}
     for scenario in SCENARIOS:
         evaluator.reset()
@@ -77,7 +102,7 @@ def play(rank):
         own_truth = seen_by_all if rank == 0 else {"images": [], "annotations": [], "categories": []}
         try:
             result = evaluator.compute(own_truth, per_class=True)
-            outcomes[scenario] = [result.metrics["bbox"], {str(k): v for k, v in result.per_class["bbox"].items()}]
+            outcomes[scenario] = as_json(result)
         except DatasetError as error:
             outcomes[scenario] = str(error)
     return outcomes
@@ -93,11 +118,11 @@ def outcomes(play_on_two_ranks):
 def alone():
     """What one process gets from all images."""
     truth, detections = make_data()
-    evaluator = CocoEvaluator()
+    evaluator = CocoEvaluator(("bbox", "segm"))
     evaluator.update(range(NUM_IMAGES), detections)
     result = evaluator.compute(truth, per_class=True)
-    assert 0.1 < result.metrics["bbox"]["AP"] < 0.9
-    return [result.metrics["bbox"], {str(k): v for k, v in result.per_class["bbox"].items()}]
+    assert 0.1 < result.metrics["segm"]["AP"] < result.metrics["bbox"]["AP"] < 0.9
+    return as_json(result)
 
 
 @pytest.mark.parametrize("scenario", ["shared", "padded", "empty rank 1", "empty rank 0", "recovered"])
@@ -107,7 +132,7 @@ def test_two_processes_get_the_digits_of_one(outcomes, alone, scenario):
 
 
 def test_no_images_anywhere_is_undefined_on_both(outcomes):
-    assert set(outcomes[0]["no images"][0].values()) == {-1.0}
+    assert {value for metrics in outcomes[0]["no images"][0].values() for value in metrics.values()} == {-1.0}
     assert outcomes[0]["no images"] == outcomes[1]["no images"]
 
 

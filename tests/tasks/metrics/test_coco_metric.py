@@ -337,5 +337,7 @@ def test_bad_detections_are_named():
         CocoEvaluator().update([7], [{**good, "scores": torch.ones(1)}])
     with pytest.raises(ValueError, match=r"image id 7 differ in length: \[0, 2\]"):
         CocoEvaluator().update([7], [{**good, "rles": []}])
+    with pytest.raises(ValueError, match="masks of image id 7 differ in size"):
+        CocoEvaluator().update([7], [{**good, "rles": [{"size": [side, 9], "counts": b""} for side in (8, 9)]}])
     with pytest.raises(ValueError, match="zip"):
         CocoEvaluator().update([7, 8], [good])
