@@ -96,7 +96,7 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]
         return grid
 
     def inside(
-        self, map_sizes: Sequence[tuple[int, int]], padded_size: tuple[int, int], device: torch.device
+        self, map_sizes: Sequence[tuple[int, int]], size: tuple[int, int], pad_divisor: int, device: torch.device
     ) -> Tensor | None:
         """Which anchors have their location inside an image's own padded area.
 
@@ -105,23 +105,25 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]
 
         Args:
             map_sizes: ``(height, width)`` of each level's feature map.
-            padded_size: ``(height, width)`` in pixels of the image as it would be padded alone.
+            size: ``(height, width)`` of the image before padding, in pixels.
+            pad_divisor: The image as it would be padded alone has sides that are multiples of this.
             device: Device of the result.
 
         Returns:
             Flags ``(sum(H * W * A),)`` in the order of ``forward``, or ``None`` where every anchor is inside.
         """
+        padded_height, padded_width = (math.ceil(side / pad_divisor) * pad_divisor for side in size)
         extents = [
-            (min(height, math.ceil(padded_size[0] / stride)), min(width, math.ceil(padded_size[1] / stride)))
+            (min(height, math.ceil(padded_height / stride)), min(width, math.ceil(padded_width / stride)))
             for (height, width), stride in zip(map_sizes, self.strides, strict=True)
         ]
         if extents == [tuple(size) for size in map_sizes]:
             return None
         flags = []
-        for size, (height, width), per_location in zip(
+        for map_size, (height, width), per_location in zip(
             map_sizes, extents, self.num_anchors_per_location(), strict=True
         ):
-            level = torch.zeros(*size, per_location, dtype=torch.bool, device=device)
+            level = torch.zeros(*map_size, per_location, dtype=torch.bool, device=device)
             level[:height, :width] = True
             flags.append(level.flatten())
         return torch.cat(flags)

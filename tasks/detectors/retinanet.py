@@ -9,7 +9,6 @@ beyond an image's own padding are left out, and losses are divided by the positi
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.ops import Conv2dNormActivation, batched_nms, clip_boxes_to_image
+from torchvision.ops import Conv2dNormActivation, clip_boxes_to_image
 
-from effvit.errors import ConfigError
+from effvit.tasks.detectors._checks import at_least, within_unit
+from effvit.tasks.detectors._contract import Detector
+from effvit.tasks.detectors._scales import divided, scales_of
+from effvit.tasks.detectors._suppression import suppress
 from effvit.tasks.detectors.anchors import Anchors
-from effvit.tasks.detectors.assigner import BACKGROUND, IGNORED, assign
+from effvit.tasks.detectors.assigner import IGNORED, assign
 from effvit.tasks.detectors.coder import SymmetricBoxCoder
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from effvit.backbones import FeaturePyramid
 
 
-class RetinaNet(nn.Module):
+class RetinaNet(Detector):
     """One-stage detector: a shared convolutional head on every level of a feature pyramid.
 
     Args:
@@ -60,17 +62,18 @@ class RetinaNet(nn.Module):
         pad_divisor: int = 32,
     ) -> None:
         super().__init__()
-        _at_least("num_classes", num_classes, 1)
-        _at_least("num_convs", num_convs, 0)
-        _at_least("candidates_per_level", candidates_per_level, 1)
-        _at_least("detections_per_image", detections_per_image, 1)
-        _within_unit("score_threshold", score_threshold)
-        _within_unit("nms_threshold", nms_threshold)
+        at_least("num_classes", num_classes, 1)
+        at_least("num_convs", num_convs, 0)
+        at_least("candidates_per_level", candidates_per_level, 1)
+        at_least("detections_per_image", detections_per_image, 1)
+        within_unit("score_threshold", score_threshold)
+        within_unit("nms_threshold", nms_threshold)
         self.pyramid = pyramid
         self.anchors = Anchors(pyramid.strides)
         self.head = _make_head(pyramid.out_channels, self.anchors.num_anchors_per_location()[0], num_classes, num_convs)
         self.coder = SymmetricBoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
         self.num_classes = num_classes
+        self.class_parameters = ("head.classification_head.cls_logits.",)
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
         self.candidates_per_level = candidates_per_level
@@ -135,27 +138,17 @@ class RetinaNet(nn.Module):
         self, anchors: Tensor, boxes: Tensor, map_sizes: Sequence[tuple[int, int]], size: tuple[int, int]
     ) -> Tensor:
         """Object index of every anchor ``(A,)`` of one image, ``BACKGROUND`` or ``IGNORED``."""
-        height, width = (math.ceil(side / self.pad_divisor) * self.pad_divisor for side in size)
-        padded = (height, width)
-        inside = self.anchors.inside(map_sizes, padded, anchors.device)
-        if inside is None:
-            return assign(anchors, boxes)
-        matched = torch.full((len(anchors),), IGNORED, dtype=torch.int64, device=anchors.device)
-        matched[inside] = assign(anchors[inside], boxes) if len(boxes) else BACKGROUND
-        return matched
+        inside = self.anchors.inside(map_sizes, size, self.pad_divisor, anchors.device)
+        return assign(anchors, boxes, inside=inside)
 
     @torch.no_grad()
-    def predict(self, images: Tensor, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Detects objects.
-
-        Args:
-            images: Normalised images ``(B, 3, H, W)``, padded at the bottom and at the right.
-            sizes: ``(height, width)`` of each image before padding, in pixels.
-
-        Returns:
-            One dictionary an image: ``boxes`` ``(N, 4)``, xyxy in pixels inside the image, ``scores`` ``(N,)``, best
-            first, and ``labels`` ``(N,)``.
-        """
+    def predict(
+        self,
+        images: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        original_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Detects objects; see `Detector.predict`. Boxes are brought to the original image before suppression."""
         outputs, map_sizes = self._run(images)
         with torch.autocast(images.device.type, enabled=False):
             anchors = self.anchors(map_sizes, images.device)
@@ -164,12 +157,24 @@ class RetinaNet(nn.Module):
                 for (height, width), count in zip(map_sizes, self.anchors.num_anchors_per_location(), strict=True)
             ]
             return [
-                self._select(logits, deltas, anchors, per_level, size)
-                for logits, deltas, size in zip(outputs["cls_logits"], outputs["bbox_regression"], sizes, strict=True)
+                self._select(logits, deltas, anchors, per_level, size, scale)
+                for logits, deltas, size, scale in zip(
+                    outputs["cls_logits"],
+                    outputs["bbox_regression"],
+                    sizes,
+                    scales_of(sizes, original_sizes),
+                    strict=True,
+                )
             ]
 
     def _select(
-        self, logits: Tensor, deltas: Tensor, anchors: Tensor, per_level: list[int], size: tuple[int, int]
+        self,
+        logits: Tensor,
+        deltas: Tensor,
+        anchors: Tensor,
+        per_level: list[int],
+        size: tuple[int, int],
+        scale: tuple[float, float],
     ) -> dict[str, Tensor]:
         """Final detections of one image out of its head outputs ``(A, num_classes)`` and ``(A, 4)``."""
         found = []
@@ -180,10 +185,11 @@ class RetinaNet(nn.Module):
             start += len(level_logits)
         scores, places, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
         boxes = clip_boxes_to_image(self.coder.decode_single(deltas[places].float(), anchors[places]), size)
+        boxes = divided(boxes, scale)
         # Boxes that the border cut down to a line are dropped (MMDetection's min_bbox_size=0).
         solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)
         boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
-        keep = batched_nms(boxes, scores, labels, self.nms_threshold)[: self.detections_per_image]
+        keep = suppress(boxes, scores, labels, self.nms_threshold)[: self.detections_per_image]
         return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,8 +200,10 @@ class RetinaNet(nn.Module):
         scores = logits[places, labels].float().sigmoid()
         enough = scores > self.score_threshold
         scores, places, labels = scores[enough], places[enough], labels[enough]
-        scores, best = scores.topk(min(self.candidates_per_level, len(scores)))
-        return scores, places[best], labels[best]
+        # Not topk: among equal scores MMDetection's sort prefers the earlier anchor.
+        scores, best = scores.sort(descending=True, stable=True)
+        best = best[: self.candidates_per_level]
+        return scores[: self.candidates_per_level], places[best], labels[best]
 
 
 def _focal_loss(logits: Tensor, matched: Tensor, positive_labels: Tensor) -> Tensor:
@@ -234,13 +242,3 @@ def _init_normal(module: nn.Module, std: float) -> None:
         nn.init.normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _at_least(name: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ConfigError(f"{name} must be at least {minimum}, not {value}")
-
-
-def _within_unit(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{name} must be in [0, 1], not {value}")

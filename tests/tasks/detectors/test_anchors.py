@@ -91,7 +91,7 @@ def test_inside_flags_follow_the_images_own_area(padded):
     """A location counts when its cell starts inside the image's own padded area, level by level."""
     strides = (8, 32, 64)
     map_sizes = [(12, 16), (3, 4), (2, 2)]
-    flags = Anchors(strides).inside(map_sizes, padded, CPU)
+    flags = Anchors(strides).inside(map_sizes, padded, 32, CPU)
     expected = [
         y * stride < padded[0] and x * stride < padded[1]
         for (height, width), stride in zip(map_sizes, strides, strict=True)
