@@ -133,6 +133,16 @@ def color(image: Pixels, factor: float) -> Pixels:
     return _blend(cv2.cvtColor(to_grey(image), cv2.COLOR_GRAY2RGB), image, factor)
 
 
+def hue(image: Pixels, shift: float) -> Pixels:
+    """Turns the hue by a share of the whole circle (torchvision's ``adjust_hue`` on Pillow images).
+
+    OpenCV's steps of hue are 1/256 of the circle and Pillow's 1/255, so values are a few levels apart.
+    """
+    turned = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
+    turned[..., 0] += np.uint8(round(shift * 256) % 256)  # wraps around
+    return cv2.cvtColor(turned, cv2.COLOR_HSV2RGB_FULL)
+
+
 def sharpness(image: Pixels, factor: float) -> Pixels:
     """Blends with a smoothed image (``ImageEnhance.Sharpness``), leaving the outermost pixels as they are."""
     smooth = cv2.filter2D(image, -1, _SMOOTH)
