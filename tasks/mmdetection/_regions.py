@@ -179,7 +179,7 @@ def _by_samples(
     extent = extent if aligned else extent.clamp(min=1)
     grids = (extent / extent.new_tensor(size)).ceil().clamp(min=1).long()
     grids = torch.full_like(grids, sampling_ratio) if sampling_ratio > 0 else grids
-    distinct, member = grids.unique(dim=0, return_inverse=True)
+    distinct, member = torch.unique(grids, dim=0, return_inverse=True)
     for number, (rows, columns) in enumerate(distinct.tolist()):
         yield (member == number).nonzero()[:, 0], (rows, columns)
 
