@@ -21,6 +21,7 @@ Train, evaluate and use efficient vision transformers on your own images.
   configs     list shipped configs      effvit configs
               or draw a learning rate   effvit configs --plot-lr classification/efficientvit_m4
   check-data  find faults in a data set effvit check-data my_data/
+  tables      published against yours   effvit tables coco --results runs/
 
 -c takes a path or the name of a shipped config, and may repeat: later ones win, and options win over all of them.
 Every setting can be given on the command line, for example --model.backbone efficientvit_m0 --trainer.max_epochs 50.
@@ -62,6 +63,12 @@ def _check_data(arguments: list[str]) -> int:
     return check_data(arguments)
 
 
+def _tables(arguments: list[str]) -> int:
+    from effvit._cli.tables import tables
+
+    return tables(arguments)
+
+
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "fit": _train("fit"),
     "validate": _train("validate"),
@@ -70,6 +77,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "backbones": _backbones,
     "configs": _configs,
     "check-data": _check_data,
+    "tables": _tables,
 }
 
 

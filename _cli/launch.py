@@ -22,7 +22,7 @@ from effvit.errors import ConfigError
 _RUN_DIR_VARIABLE = "EFFVIT_RUN_DIR"
 _SIGTERM_STATUS = 128 + 15
 #: How a data module turns files into network inputs; a checkpoint keeps them, prediction on other images needs them.
-INPUT_SETTINGS = ("image_size", "pad_divisor", "published")
+INPUT_SETTINGS = ("image_size", "resize", "pad_divisor", "published")
 
 OWN_OPTIONS = """\
 effvit's own options, beside those below:
@@ -184,11 +184,11 @@ def stored_config(checkpoint: dict[str, Any], path: Path, verb: str) -> str:
             "Give one with -c and pass the weights as --model.checkpoint."
         )
     config = yaml.safe_load(text)
-    # The weights inside supersede any starting point, which need not exist on this machine, and have as many heads as
-    # they have.
+    # The weights inside supersede any starting point, and neither that nor a file of MMDetection need exist on this
+    # machine. What they decided about the network (as many heads as they had, say) stays.
     options, stored = config["model"]["init_args"], checkpoint.get("hyper_parameters", {})
     options |= {"pretrained": False, "checkpoint": None}
-    options |= {name: stored[name] for name in ("distilled",) if name in stored}
+    options |= {name: stored[name] for name in ("distilled", "backbone_options", "mmdet_config") if name in stored}
     if verb != "fit":
         config["trainer"] = {name: value for name, value in config["trainer"].items() if name not in _TRAINING_ONLY}
     return str(yaml.safe_dump(config))

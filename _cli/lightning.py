@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import re
 import warnings
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -37,6 +38,9 @@ _EXPECTED_WARNINGS = (
     r".*recommended to use `self\.log\(.*sync_dist=True",  # every process holds the same AP
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
 )
+
+#: What torch says where the memory of the machine, not of a GPU, is not enough.
+_CPU_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory")
 
 # A configuration may name these without their module, since jsonargparse looks through the classes imported so far.
 _NAMED = (Classification, Detection, WarmupCosine, *(getattr(datamodules, name) for name in datamodules.__all__))
@@ -132,6 +136,11 @@ class EffvitCLI(LightningCLI):
         parser.link_arguments("data", "model.init_args.categories", compute_fn=self._categories, apply_on="instantiate")
         parser.link_arguments("data", "model.init_args.pad_divisor", compute_fn=_pad_divisor, apply_on="instantiate")
         parser.link_arguments("model.init_args.backbone", "data.init_args.published", compute_fn=_published_input)
+        parser.link_arguments(
+            ("model.init_args.detector", "model.init_args.mmdet_config"),
+            "data.init_args.masks",
+            compute_fn=_wants_masks,
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without LightningCLI's warning about ``sys.argv``, from which ``args`` was made."""
@@ -195,6 +204,15 @@ class EffvitCLI(LightningCLI):
         elif not self.model.hparams["checkpoint"]:
             log.warning("these weights were never trained: pass --checkpoint, or --model.checkpoint beside -c")
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the verb; where memory ran out, says on what and what to do."""
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and not _CPU_MEMORY.search(str(error)):
+                raise
+            raise ConfigError(_explain_memory(subcommand, self.model.batch_shape, str(error))) from error
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "fit" and self.run.checkpoint_path is not None:
@@ -247,6 +265,20 @@ class EffvitCLI(LightningCLI):
         log.info("run folder: %s", self.run.directory)
 
 
+def _explain_memory(verb: str, shape: tuple[int, ...], detail: str) -> str:
+    """What to do where memory ran out at a batch of images of this shape."""
+    batch = f" at a batch of {shape[0]} images of {shape[-2]} x {shape[-1]} pixels" if len(shape) == 4 else ""
+    if verb == "fit":
+        less = (
+            "Take fewer images at a time (--data.batch_size, with --trainer.accumulate_grad_batches for the same step), "
+            "smaller ones (--data.image_size), --model.gradient_checkpointing true, or --trainer.precision bf16-mixed; "
+            "`effvit fit --resume` goes on from last.ckpt"
+        )
+    else:
+        less = "Take fewer images at a time (--data.val_batch_size, or --batch_size of predict) or smaller ones"
+    return f"memory ran out{batch}. {less}. torch says: {detail.strip().splitlines()[0]}"
+
+
 def _first_cause(error: BaseException) -> BaseException:
     """The error of ours behind ``error``, or ``error`` itself."""
     cause: BaseException | None = error
@@ -265,10 +297,21 @@ def _quieten() -> None:
         logging.getLogger(name).addFilter(lambda record: "💡" not in record.getMessage())
 
 
-def _published_input(backbone: str) -> dict[str, Any] | None:
+def _wants_masks(detector: str, mmdet_config: str | None) -> bool:
+    """Whether a detector learns masks, which the data has to load for it."""
+    if detector != "mmdet" or mmdet_config is None:
+        return detector == "mask_rcnn"
+    from effvit.tasks.mmdetection import has_masks
+
+    return has_masks(mmdet_config)
+
+
+def _published_input(backbone: str | None) -> dict[str, Any] | None:
     """Size, crop and resize filter that the published weights of a backbone expect; the network explains a bad name."""
     from effvit.backbones import outline
 
+    if backbone is None:
+        return None
     try:
         spec = outline(backbone).input_spec
     except ConfigError:

@@ -1,12 +1,15 @@
-"""Opening the checkpoints of runs."""
+"""Opening the checkpoints of runs, and those of MMDetection."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from effvit.backbones import open_checkpoint
 from effvit.errors import CheckpointError
+from effvit.tasks.detectors._mmdet_checkpoint import is_mmdet
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
@@ -29,3 +32,24 @@ def read_run(path: str | Path) -> dict[str, Any]:
             "backbone alone are loaded with --model.pretrained."
         )
     return content
+
+
+def read_mmdet(path: str | Path | None) -> dict[str, Tensor] | None:
+    """Opens a checkpoint that MMDetection has written, never running what it holds.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its weights, on the CPU; ``None`` where the file is no such checkpoint, or where there is none.
+
+    Raises:
+        CheckpointError: No such file, a truncated file, or a file that would run code.
+    """
+    if path is None:
+        return None
+    content = open_checkpoint(path)
+    if not isinstance(content, dict) or "hyper_parameters" in content:
+        return None
+    state = content.get("state_dict", content)
+    return state if isinstance(state, dict) and is_mmdet(state) else None

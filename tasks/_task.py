@@ -77,6 +77,8 @@ class Task(LightningModule):
             raise ConfigError(f"lr_batch_size must be 1 or more, or null, not {lr_batch_size}")
         self.categories = Categories(categories)
         self.evaluated_step: int | None = None
+        #: Shape of the images that are being worked on, for the message if memory runs out.
+        self.batch_shape: tuple[int, ...] = ()
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._warmup_steps = warmup_steps
@@ -195,6 +197,11 @@ class Task(LightningModule):
         several = schedulers if isinstance(schedulers, list) else [schedulers]
         return [schedule for schedule in several if isinstance(schedule, WarmupCosine)]
 
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ARG002 - Lightning's signature
+        """Notes the shape of the batch, see `batch_shape`."""
+        self.batch_shape = tuple(batch[0].shape)
+        return batch
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes that the weights inside supersede any starting point, which need not exist where they are loaded."""
         checkpoint["hyper_parameters"] |= {"pretrained": False, "checkpoint": None}
@@ -232,15 +239,15 @@ class Task(LightningModule):
                 "with --model.pretrained."
             )
 
-    def classes_in(self, state_dict: dict[str, Tensor]) -> tuple[str, int] | None:
-        """Prefix of the parameters that depend on the number of classes, and that number in given weights."""
+    def classes_in(self, state_dict: dict[str, Tensor]) -> tuple[tuple[str, ...], int | None]:
+        """Prefixes of the parameters that depend on the number of classes, and that number in given weights if known."""
         raise NotImplementedError
 
     def _explain_mismatch(self, odd: list[str], given: dict[str, Tensor]) -> str:
-        found = self.classes_in(given)
-        if found is not None and all(name.startswith(found[0]) for name in odd):
+        prefixes, number = self.classes_in(given)
+        if all(name.startswith(prefixes) for name in odd):
             return (
-                f"was trained on {found[1]} classes, the data has {len(self.categories)}: "
+                f"was trained on {number or 'other'} classes, the data has {len(self.categories)}: "
                 f"{_brief(self.categories.names)}. Use the data set it was trained on, "
                 "or start from its backbone with --model.pretrained."
             )

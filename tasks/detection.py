@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from effvit.backbones import FeaturePyramid, create_backbone
-from effvit.errors import ConfigError, close_matches
+from effvit.backbones import Backbone, create_backbone
+from effvit.errors import ConfigError
+from effvit.tasks._checkpoint import read_mmdet
 from effvit.tasks._task import (
     NORMS,
     Group,
@@ -20,15 +21,17 @@ from effvit.tasks._task import (
     freeze_norm_statistics,
     normalise,
 )
-from effvit.tasks.detectors.retinanet import RetinaNet
+from effvit.tasks.detectors._contract import Detector
+from effvit.tasks.detectors._mmdet_checkpoint import backbone_options_in, load_mmdet
+from effvit.tasks.detectors.factory import DetectorSettings, detector_kind, make_detector, unread_settings
 from effvit.tasks.metrics.coco import CocoEvaluator, CocoResult
 
 _log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, list[dict[str, Any]]]
 
-#: Detectors by the name that a config gives, with the pyramid levels that each one reads.
-_DETECTORS = {"retinanet": (RetinaNet, ("p3", "p4", "p5", "p6", "p7"))}
+#: What the metrics of each kind of overlap are called in the log.
+_METRIC_NAMES = {"bbox": "", "segm": "mask_"}
 
 
 class _GroundTruth(Protocol):
@@ -45,19 +48,25 @@ class Detection(Task):
     the backbone in eval mode, its affine parameters trained; nothing frozen.
 
     Args:
-        backbone: Name of the backbone; ``effvit backbones`` lists them.
+        backbone: Name of the backbone; ``effvit backbones`` lists them. ``None`` keeps the one of ``mmdet_config``.
         backbone_options: Options of its family by name, such as ``{keep_ratio: 0.5}`` for DynamicViT.
         gradient_checkpointing: Compute the backbone's activations again in the backward pass instead of keeping them.
         categories: Class name by category id. The command line takes it from the data.
-        detector: ``retinanet``.
+        detector: ``retinanet``, ``faster_rcnn``, ``mask_rcnn``, ``ssdlite``, or ``mmdet`` for MMDetection's engine.
+        mmdet_config: For ``mmdet``: a configuration of MMDetection, as a path or as the name of one that it ships.
         pretrained: Weights of the backbone: ``true`` for the published file, or the path of a file.
-        checkpoint: A checkpoint of this detector whose weights are the starting point.
+        checkpoint: Weights of the whole detector to start from or to evaluate: a run's checkpoint, or a file that
+            MMDetection wrote, such as those published for EfficientViT and EfficientFormer.
         pyramid_channels: Channels of every pyramid level.
-        head_convs: Stacked 3x3 convolutions in each branch of the head.
+        head_convs: Stacked 3x3 convolutions: in each branch of RetinaNet's head, in the mask head of Mask R-CNN.
+        head_channels: Hidden units of the box head of Faster and Mask R-CNN.
+        roi_samples: Regions of each image that the heads of Faster and Mask R-CNN learn from.
         norm_eval: Keep the backbone's BatchNorm statistics fixed during training. Turn it off from scratch.
-        score_threshold: Detections below this score are dropped, in ``[0, 1]``.
-        nms_threshold: Overlap (IoU) above which the weaker of two boxes of a class is dropped, in ``(0, 1]``.
-        detections_per_image: Most detections that an image may have.
+        score_threshold: Detections below this score are dropped, in ``[0, 1]``; ``None`` for the detector's published
+            value (0.05; SSDLite 0.01).
+        nms_threshold: Overlap (IoU) above which the weaker of two boxes of a class is dropped, in ``(0, 1]``; ``None``
+            for 0.5, as published.
+        detections_per_image: Most detections that an image may have; ``None`` for the published 100 (SSDLite 200).
         coco_backend: ``hotcoco``, or ``pycocotools``, the slower reference with the same digits.
         per_class_ap: Also compute the AP of each class.
         pad_divisor: Each image counts as padded to a multiple of this; anchors beyond are left out of the loss. The
@@ -78,19 +87,22 @@ class Detection(Task):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: str | None,
         categories: dict[int, str],
         backbone_options: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         detector: str = "retinanet",
+        mmdet_config: str | None = None,
         pretrained: bool | str = False,
         checkpoint: str | None = None,
         pyramid_channels: int = 256,
         head_convs: int = 4,
+        head_channels: int = 1024,
+        roi_samples: int = 512,
         norm_eval: bool = True,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.5,
-        detections_per_image: int = 100,
+        score_threshold: float | None = None,
+        nms_threshold: float | None = None,
+        detections_per_image: int | None = None,
         coco_backend: str = "hotcoco",
         per_class_ap: bool = False,
         pad_divisor: int = 32,
@@ -102,29 +114,82 @@ class Detection(Task):
     ) -> None:
         super().__init__(categories, optimizer, lr_scheduler, warmup_steps=warmup_steps, warmup_factor=warmup_factor)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        _check_options(detector, score_threshold, nms_threshold)
+        _check_options(self.hparams)
         self.norm_eval = norm_eval
         self.per_class_ap = per_class_ap
-        network = create_backbone(backbone, pretrained=pretrained, **(backbone_options or {}))
-        network.set_grad_checkpointing(gradient_checkpointing)
-        kind, levels = _DETECTORS[detector]
-        self.detector = kind(
-            FeaturePyramid(network, levels=levels, out_channels=pyramid_channels),
-            len(self.categories),
-            num_convs=head_convs,
+        settings = DetectorSettings(
+            pyramid_channels=pyramid_channels,
+            head_convs=head_convs,
+            head_channels=head_channels,
+            roi_samples=roi_samples,
             score_threshold=score_threshold,
             nms_threshold=nms_threshold,
             detections_per_image=detections_per_image,
             pad_divisor=pad_divisor,
         )
+        published = read_mmdet(checkpoint)
+        self.detector = self._mmdetector() if detector == "mmdet" else self._built_in(settings, published)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.detector.to(memory_format=self.memory_format)
-        self.input_spec = network.input_spec
-        self._exempt = {f"detector.pyramid.backbone.{name}" for name in network.no_weight_decay()}
-        self.evaluator = CocoEvaluator(backend=coco_backend)
+        self._exempt = self._undecayed()
+        self.evaluator = CocoEvaluator(self.detector.iou_types, backend=coco_backend)
         self.result: CocoResult | None = None
-        if checkpoint is not None:
+        if published is not None:
+            self._load_mmdet(published, str(checkpoint))
+        elif checkpoint is not None:
             self.start_from(checkpoint)
+
+    def _built_in(self, settings: DetectorSettings, published: dict[str, Tensor] | None) -> Detector:
+        """A detector of ours, its backbone built as the weights that it is to get were."""
+        options = self.hparams
+        name, kind = options["backbone"], options["detector"]
+        for setting in unread_settings(kind, settings):
+            _log.warning("the detector %s does not read %s", kind, setting)
+        if published is not None:
+            found = backbone_options_in(published, name)
+            options["backbone_options"] = {**found, **(options["backbone_options"] or {})}
+        network = create_backbone(name, pretrained=options["pretrained"], **(options["backbone_options"] or {}))
+        network.set_grad_checkpointing(options["gradient_checkpointing"])
+        self.mean, self.std = network.input_spec.mean, network.input_spec.std
+        return make_detector(kind, network, len(self.categories), settings)
+
+    def _mmdetector(self) -> Detector:
+        """The detector of a configuration of MMDetection."""
+        from effvit.tasks.mmdetection import MMDetector
+
+        options = self.hparams
+        detector = MMDetector(
+            options["mmdet_config"],
+            len(self.categories),
+            class_names=self.categories.names,
+            backbone=options["backbone"],
+            backbone_options=options["backbone_options"],
+            pretrained=options["pretrained"],
+            gradient_checkpointing=options["gradient_checkpointing"],
+            pad_divisor=options["pad_divisor"],
+        )
+        options["mmdet_config"] = detector.config_text  # a checkpoint is rebuilt without the file
+        self.mean, self.std = detector.mean, detector.std
+        return detector
+
+    def _load_mmdet(self, state: dict[str, Tensor], path: str) -> None:
+        if self.hparams["detector"] == "mmdet":
+            report = self.detector.load(state, path)
+        else:
+            report = load_mmdet(self.detector, state, path)
+        _log.info("%s: %s", path, report)
+
+    @property
+    def backbone(self) -> Backbone | None:
+        """The network below the detector; ``None`` where MMDetection brings one of its own."""
+        return next((module for module in self.detector.modules() if isinstance(module, Backbone)), None)
+
+    def _undecayed(self) -> set[str]:
+        """Names of the parameters without weight decay, as the backbone says."""
+        for prefix, module in self.named_modules():
+            if isinstance(module, Backbone):
+                return {f"{prefix}.{name}" for name in module.no_weight_decay()}
+        return set()
 
     def group_of(self, name: str, parameter: nn.Parameter) -> Group:  # noqa: ARG002 - the template's signature
         """No weight decay for the attention biases of the backbone."""
@@ -133,8 +198,8 @@ class Detection(Task):
     def train(self, mode: bool = True) -> Detection:
         """Training or eval mode; with ``norm_eval`` the backbone's BatchNorm statistics stay fixed in both."""
         super().train(mode)
-        if mode and self.norm_eval:
-            freeze_norm_statistics(self.detector.pyramid.backbone)
+        if mode and self.norm_eval and self.backbone is not None:
+            freeze_norm_statistics(self.backbone)
         return self
 
     def on_fit_start(self) -> None:
@@ -142,7 +207,8 @@ class Detection(Task):
         super().on_fit_start()
         options = self.hparams
         started = options["pretrained"] or options["checkpoint"] or self.trainer.ckpt_path
-        has_statistics = any(isinstance(module, NORMS) for module in self.detector.pyramid.backbone.modules())
+        network = self.backbone
+        has_statistics = network is not None and any(isinstance(module, NORMS) for module in network.modules())
         if self.norm_eval and has_statistics and not started:
             _log.warning(
                 "the backbone starts from random weights with fixed BatchNorm statistics (norm_eval), which only fits "
@@ -153,20 +219,20 @@ class Detection(Task):
         """Normalised images ``(B, 3, H, W)`` and their sizes (height, width) before padding, in pixels."""
         images, targets = batch
         sizes = [target["size"] for target in targets]
-        images = normalise(images, self.input_spec.mean, self.input_spec.std, sizes)
+        images = normalise(images, self.mean, self.std, sizes)
         images = images.to(self.dtype)  # of the weights: float32 unless the Trainer runs in bf16-true or 16-true
         return images.contiguous(memory_format=self.memory_format), sizes
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """Sum of the detector's losses over one batch."""
         images, sizes = self.prepare(batch)
-        losses: dict[str, Tensor] = self.detector.loss(images, sizes, batch[1])
+        losses = self.detector.loss(images, sizes, batch[1])
         total = torch.stack(list(losses.values())).sum()
         logs = {f"train/{name}": value.detach() for name, value in losses.items()}
         self.log_dict({"train/loss": total.detach(), **logs}, batch_size=len(images))
         return total
 
-    def detect(self, batch: Batch) -> list[dict[str, Tensor]]:
+    def detect(self, batch: Batch) -> list[dict[str, Any]]:
         """Detections of a batch, on the CPU.
 
         Args:
@@ -174,11 +240,12 @@ class Detection(Task):
 
         Returns:
             One dictionary an image: ``boxes`` ``(N, 4)`` as (x1, y1, x2, y2) in pixels of the original image,
-            ``scores`` ``(N,)`` and ``labels`` ``(N,)``, best first.
+            ``scores`` ``(N,)`` and ``labels`` ``(N,)``, best first, and of a detector with masks ``rles``, N compressed
+            COCO masks of the original size.
         """
         images, sizes = self.prepare(batch)
-        found = self.detector.predict(images, sizes)
-        return [_to_original(detections, target) for detections, target in zip(found, batch[1], strict=True)]
+        original_sizes = [target["original_size"] for target in batch[1]]
+        return [_on_cpu(found) for found in self.detector.predict(images, sizes, original_sizes)]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:  # noqa: ARG002 - Lightning's signature
         """Detects, and hands the detections to the evaluator and to the callbacks."""
@@ -192,7 +259,7 @@ class Detection(Task):
         """The same as validation."""
         return self.validation_step(batch, batch_idx)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:  # noqa: ARG002 - Lightning's signature
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:  # noqa: ARG002 - Lightning's signature
         """Detections of a batch, see `detect`."""
         return self.detect(batch)
 
@@ -212,31 +279,49 @@ class Detection(Task):
         data = cast("_GroundTruth", self.trainer.datamodule)  # type: ignore[attr-defined]
         self.result = self.evaluator.compute(data.ground_truth(stage), per_class=self.per_class_ap)
         self.evaluator.reset()
-        metrics = self.result.metrics["bbox"]
+        metrics = {
+            f"{prefix}/{_METRIC_NAMES[kind]}{name}": value
+            for kind, values in self.result.metrics.items()
+            for name, value in values.items()
+        }
         # Every rank holds the same numbers, so nothing is left to synchronise.
-        self.log_dict({f"{prefix}/{name}": value for name, value in metrics.items()}, rank_zero_only=False)
+        self.log_dict(metrics, rank_zero_only=False)
 
-    def classes_in(self, state_dict: dict[str, Tensor]) -> tuple[str, int] | None:
+    def classes_in(self, state_dict: dict[str, Tensor]) -> tuple[tuple[str, ...], int | None]:
         """See `Task.classes_in`."""
-        prefix = "detector.head.classification_head.cls_logits."
-        if f"{prefix}bias" not in state_dict:
-            return None
-        anchors = self.state_dict()[f"{prefix}bias"].numel() // len(self.categories)
-        return prefix, state_dict[f"{prefix}bias"].numel() // anchors
+        prefixes = tuple(f"detector.{prefix}" for prefix in self.detector.class_parameters)
+        biases = [name for name in state_dict if name.startswith(prefixes) and name.endswith(".bias")]
+        own = self.state_dict()
+        number = len(self.categories)
+        for name in (name for name in biases if name in own):
+            rows, given = own[name].numel(), state_dict[name].numel()
+            if rows == number + 1:  # a softmax with the background
+                return prefixes, given - 1
+            if rows % number == 0:
+                return prefixes, given // (rows // number)
+        return prefixes, None
 
 
-def _check_options(detector: str, score_threshold: float, nms_threshold: float) -> None:
-    if detector not in _DETECTORS:
-        raise ConfigError(f"there is no detector {detector!r}. {close_matches(detector, _DETECTORS)}")
-    if not 0 <= score_threshold <= 1:
-        raise ConfigError(f"score_threshold must be in [0, 1], not {score_threshold}")
-    if not 0 < nms_threshold <= 1:
-        raise ConfigError(f"nms_threshold must be in (0, 1], not {nms_threshold}")
+def _check_options(options: Any) -> None:
+    """What can be said before weights are loaded."""
+    detector = options["detector"]
+    if detector != "mmdet":
+        detector_kind(detector)
+        if options["mmdet_config"] is not None:
+            raise ConfigError(f"mmdet_config is for the detector mmdet, not for {detector}: --model.detector mmdet")
+        if options["backbone"] is None:
+            raise ConfigError(f"{detector} needs a backbone: pass --model.backbone; `effvit backbones` lists them")
+    elif options["mmdet_config"] is None:
+        raise ConfigError(
+            "the detector mmdet needs a configuration of MMDetection: pass --model.mmdet_config FILE, or the name of one "
+            "that it ships, such as faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
+        )
+    score, overlap = options["score_threshold"], options["nms_threshold"]
+    if score is not None and not 0 <= score <= 1:
+        raise ConfigError(f"score_threshold must be in [0, 1], not {score}")
+    if overlap is not None and not 0 < overlap <= 1:
+        raise ConfigError(f"nms_threshold must be in (0, 1], not {overlap}")
 
 
-def _to_original(detections: dict[str, Tensor], target: dict[str, Any]) -> dict[str, Tensor]:
-    """Detections in pixels of the original image: width and height scale apart, since sizes were rounded."""
-    (height, width), (original_height, original_width) = target["size"], target["original_size"]
-    scale = torch.tensor([width / original_width, height / original_height] * 2)
-    moved = {name: value.detach().cpu() for name, value in detections.items()}
-    return {**moved, "boxes": moved["boxes"].float() / scale}
+def _on_cpu(detections: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.detach().cpu() if isinstance(value, Tensor) else value for name, value in detections.items()}

@@ -154,9 +154,7 @@ def _ssdlite(backbone: Backbone, num_classes: int, settings: DetectorSettings) -
     from effvit.tasks.detectors.ssdlite import SSDLite
 
     score, overlap, most = _limits(settings)
-    return SSDLite(
-        backbone, num_classes, score_threshold=score, nms_threshold=overlap, detections_per_image=most
-    )
+    return SSDLite(backbone, num_classes, score_threshold=score, nms_threshold=overlap, detections_per_image=most)
 
 
 #: The built-in detectors, each with its published thresholds. Their modules are imported when one is built.
