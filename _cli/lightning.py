@@ -270,9 +270,9 @@ def _explain_memory(verb: str, shape: tuple[int, ...], detail: str) -> str:
     batch = f" at a batch of {shape[0]} images of {shape[-2]} x {shape[-1]} pixels" if len(shape) == 4 else ""
     if verb == "fit":
         less = (
-            "Take fewer images at a time (--data.batch_size, with --trainer.accumulate_grad_batches for the same step), "
-            "smaller ones (--data.image_size), --model.gradient_checkpointing true, or --trainer.precision bf16-mixed; "
-            "`effvit fit --resume` goes on from last.ckpt"
+            "Take fewer images at a time (--data.batch_size, with --trainer.accumulate_grad_batches for the same "
+            "step), smaller ones (--data.image_size), --model.gradient_checkpointing true, or --trainer.precision "
+            "bf16-mixed; `effvit fit --resume` goes on from last.ckpt"
         )
     else:
         less = "Take fewer images at a time (--data.val_batch_size, or --batch_size of predict) or smaller ones"

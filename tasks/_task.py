@@ -240,7 +240,7 @@ class Task(LightningModule):
             )
 
     def classes_in(self, state_dict: dict[str, Tensor]) -> tuple[tuple[str, ...], int | None]:
-        """Prefixes of the parameters that depend on the number of classes, and that number in given weights if known."""
+        """Prefixes of the parameters that depend on the number of classes, and that number in given weights."""
         raise NotImplementedError
 
     def _explain_mismatch(self, odd: list[str], given: dict[str, Tensor]) -> str:

@@ -337,7 +337,7 @@ class Classification(Task):
     def classes_in(self, state_dict: dict[str, Tensor]) -> tuple[tuple[str, ...], int | None]:
         """See `Task.classes_in`."""
         shapes = [value.shape for name, value in state_dict.items() if name.startswith(_HEADS) and value.dim() == 2]
-        return _HEADS, int(shapes[-1][0]) if shapes else None
+        return (_HEADS,), int(shapes[-1][0]) if shapes else None
 
 
 def _is_wholly_frozen(module: nn.Module) -> bool:

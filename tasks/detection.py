@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,24 @@ from effvit.tasks.detectors._mmdet_checkpoint import backbone_options_in, load_m
 from effvit.tasks.detectors.factory import DetectorSettings, detector_kind, make_detector, unread_settings
 from effvit.tasks.metrics.coco import CocoEvaluator, CocoResult
 
+if TYPE_CHECKING:
+    from effvit.tasks.mmdetection import MMDetector
+
 _log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, list[dict[str, Any]]]
 
 #: What the metrics of each kind of overlap are called in the log.
 _METRIC_NAMES = {"bbox": "", "segm": "mask_"}
+
+
+class _Network(NamedTuple):
+    """The backbone to build, see `Detection`."""
+
+    name: str | None
+    options: dict[str, Any] | None
+    pretrained: bool | str
+    checkpointing: bool
 
 
 class _GroundTruth(Protocol):
@@ -114,7 +126,8 @@ class Detection(Task):
     ) -> None:
         super().__init__(categories, optimizer, lr_scheduler, warmup_steps=warmup_steps, warmup_factor=warmup_factor)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
-        _check_options(self.hparams)
+        _check_options(detector, mmdet_config, backbone)
+        _check_thresholds(score_threshold, nms_threshold)
         self.norm_eval = norm_eval
         self.per_class_ap = per_class_ap
         settings = DetectorSettings(
@@ -128,7 +141,11 @@ class Detection(Task):
             pad_divisor=pad_divisor,
         )
         published = read_mmdet(checkpoint)
-        self.detector = self._mmdetector() if detector == "mmdet" else self._built_in(settings, published)
+        network = _Network(backbone, backbone_options, pretrained, gradient_checkpointing)
+        if mmdet_config is not None:
+            self.detector = self._mmdetector(mmdet_config, network, pad_divisor)
+        else:
+            self.detector = self._built_in(detector, network, settings, published)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.detector.to(memory_format=self.memory_format)
         self._exempt = self._undecayed()
@@ -139,42 +156,43 @@ class Detection(Task):
         elif checkpoint is not None:
             self.start_from(checkpoint)
 
-    def _built_in(self, settings: DetectorSettings, published: dict[str, Tensor] | None) -> Detector:
-        """A detector of ours, its backbone built as the weights that it is to get were."""
-        options = self.hparams
-        name, kind = options["backbone"], options["detector"]
-        for setting in unread_settings(kind, settings):
-            _log.warning("the detector %s does not read %s", kind, setting)
+    def _built_in(
+        self, name: str, network: _Network, settings: DetectorSettings, published: dict[str, Tensor] | None
+    ) -> Detector:
+        """A detector of ours, its backbone built as that of the weights which it is to get."""
+        for setting in unread_settings(name, settings):
+            _log.warning("the detector %s does not read %s", name, setting)
+        assert network.name is not None
+        options = network.options or {}
         if published is not None:
-            found = backbone_options_in(published, name)
-            options["backbone_options"] = {**found, **(options["backbone_options"] or {})}
-        network = create_backbone(name, pretrained=options["pretrained"], **(options["backbone_options"] or {}))
-        network.set_grad_checkpointing(options["gradient_checkpointing"])
-        self.mean, self.std = network.input_spec.mean, network.input_spec.std
-        return make_detector(kind, network, len(self.categories), settings)
+            options = {**backbone_options_in(published, network.name), **options}
+            self.hparams["backbone_options"] = options  # a checkpoint is rebuilt without the file
+        backbone = create_backbone(network.name, pretrained=network.pretrained, **options)
+        backbone.set_grad_checkpointing(network.checkpointing)
+        self.mean, self.std = backbone.input_spec.mean, backbone.input_spec.std
+        return make_detector(name, backbone, len(self.categories), settings)
 
-    def _mmdetector(self) -> Detector:
+    def _mmdetector(self, config: str, network: _Network, pad_divisor: int) -> Detector:
         """The detector of a configuration of MMDetection."""
         from effvit.tasks.mmdetection import MMDetector
 
-        options = self.hparams
         detector = MMDetector(
-            options["mmdet_config"],
+            config,
             len(self.categories),
             class_names=self.categories.names,
-            backbone=options["backbone"],
-            backbone_options=options["backbone_options"],
-            pretrained=options["pretrained"],
-            gradient_checkpointing=options["gradient_checkpointing"],
-            pad_divisor=options["pad_divisor"],
+            backbone=network.name,
+            backbone_options=network.options,
+            pretrained=network.pretrained,
+            gradient_checkpointing=network.checkpointing,
+            pad_divisor=pad_divisor,
         )
-        options["mmdet_config"] = detector.config_text  # a checkpoint is rebuilt without the file
+        self.hparams["mmdet_config"] = detector.config_text  # likewise
         self.mean, self.std = detector.mean, detector.std
         return detector
 
     def _load_mmdet(self, state: dict[str, Tensor], path: str) -> None:
         if self.hparams["detector"] == "mmdet":
-            report = self.detector.load(state, path)
+            report = cast("MMDetector", self.detector).load(state, path)
         else:
             report = load_mmdet(self.detector, state, path)
         _log.info("%s: %s", path, report)
@@ -302,21 +320,23 @@ class Detection(Task):
         return prefixes, None
 
 
-def _check_options(options: Any) -> None:
-    """What can be said before weights are loaded."""
-    detector = options["detector"]
-    if detector != "mmdet":
-        detector_kind(detector)
-        if options["mmdet_config"] is not None:
-            raise ConfigError(f"mmdet_config is for the detector mmdet, not for {detector}: --model.detector mmdet")
-        if options["backbone"] is None:
-            raise ConfigError(f"{detector} needs a backbone: pass --model.backbone; `effvit backbones` lists them")
-    elif options["mmdet_config"] is None:
-        raise ConfigError(
-            "the detector mmdet needs a configuration of MMDetection: pass --model.mmdet_config FILE, or the name of one "
-            "that it ships, such as faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
-        )
-    score, overlap = options["score_threshold"], options["nms_threshold"]
+def _check_options(detector: str, mmdet_config: str | None, backbone: str | None) -> None:
+    """What can be said before anything is loaded."""
+    if detector == "mmdet":
+        if mmdet_config is None:
+            raise ConfigError(
+                "the detector mmdet needs a configuration of MMDetection: pass --model.mmdet_config FILE, or the name "
+                "of one that it ships, such as faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
+            )
+        return
+    detector_kind(detector)
+    if mmdet_config is not None:
+        raise ConfigError(f"mmdet_config is for the detector mmdet, not for {detector}: --model.detector mmdet")
+    if backbone is None:
+        raise ConfigError(f"{detector} needs a backbone: pass --model.backbone; `effvit backbones` lists them")
+
+
+def _check_thresholds(score: float | None, overlap: float | None) -> None:
     if score is not None and not 0 <= score <= 1:
         raise ConfigError(f"score_threshold must be in [0, 1], not {score}")
     if overlap is not None and not 0 < overlap <= 1:
