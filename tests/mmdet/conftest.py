@@ -17,7 +17,8 @@ _MISSING = [name for name in ("mmengine", "mmcv", "mmdet") if importlib.util.fin
 if not _MISSING:
     with warnings.catch_warnings():  # of packages that will not change any more
         warnings.simplefilter("ignore")
-        import mmdet.models  # noqa: F401
+        import effvit.tasks.mmdetection  # noqa: F401 - the operators that `import mmdet.models` needs
+        import mmdet.models  # noqa: F401 - here, where its warnings are silent
     from mmengine.logging import MMLogger
 
     # Otherwise each model that is built writes a paragraph for each of its parameters.
