@@ -36,5 +36,5 @@ def suppress(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) ->
     for group in torch.unique(groups):
         own = torch.nonzero(groups == group).squeeze(1)
         kept.append(own[nms(apart[own], scores[own], threshold)])
-    keep = torch.cat(kept).sort().values  # equal scores stay in the order of the boxes
-    return keep[scores[keep].sort(descending=True, stable=True).indices]
+    keep = torch.cat(kept).sort().values
+    return keep[scores[keep].sort(descending=True).indices]

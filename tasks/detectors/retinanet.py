@@ -200,8 +200,9 @@ class RetinaNet(Detector):
         scores = logits[places, labels].float().sigmoid()
         enough = scores > self.score_threshold
         scores, places, labels = scores[enough], places[enough], labels[enough]
-        # Not topk: among equal scores MMDetection's sort prefers the earlier anchor.
-        scores, best = scores.sort(descending=True, stable=True)
+        # Not topk and not stable: the same sort as MMDetection's puts equal scores, of which padding gives many, in its
+        # order.
+        scores, best = scores.sort(descending=True)
         best = best[: self.candidates_per_level]
         return scores[: self.candidates_per_level], places[best], labels[best]
 

@@ -147,8 +147,9 @@ def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` best scores of each row ``(B, A)`` and their places, all of them as they are if there are fewer."""
     if scores.shape[1] <= count:
         return scores, torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
-    # Not topk: among equal scores MMDetection's sort prefers the earlier anchor.
-    ranked, places = scores.sort(dim=1, descending=True, stable=True)
+    # Not topk and not stable: the same sort as MMDetection's leaves equal scores, of which padding gives many, in its
+    # order.
+    ranked, places = scores.sort(dim=1, descending=True)
     return ranked[:, :count], places[:, :count]
 
 
