@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from effvit.tasks.detectors._contract import Detector
 
-#: The parts of a detector there, after any prefix such as DistributedDataParallel's.
-_ROOT = re.compile(r"^((?:\w+\.)*?)(?:roi_head|rpn_head|bbox_head|mask_head|panoptic_head)\.")
+#: The heads of a detector there, after any prefix such as DistributedDataParallel's; torchvision has roi_heads.
+_ROOT = re.compile(r"^((?:(?!roi_heads\.)\w+\.)*?)(?:roi_head|rpn_head|bbox_head|mask_head|panoptic_head)\.")
 _BACKBONE = "pyramid.backbone."
 _NAMED = 3
 
