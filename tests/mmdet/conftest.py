@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import warnings
@@ -17,8 +18,8 @@ _MISSING = [name for name in ("mmengine", "mmcv", "mmdet") if importlib.util.fin
 if not _MISSING:
     with warnings.catch_warnings():  # of packages that will not change any more
         warnings.simplefilter("ignore")
-        import effvit.tasks.mmdetection  # noqa: F401 - the operators that `import mmdet.models` needs
-        import mmdet.models  # noqa: F401 - here, where its warnings are silent
+        importlib.import_module("effvit.tasks.mmdetection")  # the operators that `import mmdet.models` needs
+        importlib.import_module("mmdet.models")  # here, where its warnings are silent
     from mmengine.logging import MMLogger
 
     # Otherwise each model that is built writes a paragraph for each of its parameters.

@@ -153,12 +153,14 @@ def align(features, rois, size, scale, ratio, mode, *, aligned):
 @pytest.mark.parametrize("ratio", [0, 2])
 @pytest.mark.parametrize("aligned", [False, True])
 def test_roi_align(aligned, ratio, mode):
-    features = torch.randn(2, 2, 8, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    features = torch.randn(2, 1, 8, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     pooled = ops.roi_align(features, regions(), (2, 3), 0.37, ratio, mode, aligned)
     expected = align(features, regions(), (2, 3), 0.37, ratio, mode, aligned=aligned)
     torch.testing.assert_close(pooled, expected, rtol=1e-9, atol=1e-12)
     assert gradcheck(
-        lambda x: ops.roi_align(x, regions(), (2, 3), 0.37, ratio, mode, aligned), (features.requires_grad_(),)
+        lambda x: ops.roi_align(x, regions(), (2, 3), 0.37, ratio, mode, aligned),
+        (features.requires_grad_(),),
+        fast_mode=True,
     )
 
 
