@@ -197,11 +197,6 @@ class Task(LightningModule):
         several = schedulers if isinstance(schedulers, list) else [schedulers]
         return [schedule for schedule in several if isinstance(schedule, WarmupCosine)]
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ARG002 - Lightning's signature
-        """Notes the shape of the batch, see `batch_shape`."""
-        self.batch_shape = tuple(batch[0].shape)
-        return batch
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes that the weights inside supersede any starting point, which need not exist where they are loaded."""
         checkpoint["hyper_parameters"] |= {"pretrained": False, "checkpoint": None}

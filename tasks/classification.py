@@ -265,6 +265,7 @@ class Classification(Task):
 
     def prepare(self, batch: Batch) -> Tensor:
         """Normalised images ``(B, 3, H, W)`` of a batch."""
+        self.batch_shape = tuple(batch[0].shape)
         images = normalise(batch[0], self.input_spec.mean, self.input_spec.std)
         images = images.to(self.dtype)  # of the weights: float32 unless the Trainer runs in bf16-true or 16-true
         return images.contiguous(memory_format=self.memory_format)

@@ -236,6 +236,7 @@ class Detection(Task):
     def prepare(self, batch: Batch) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalised images ``(B, 3, H, W)`` and their sizes (height, width) before padding, in pixels."""
         images, targets = batch
+        self.batch_shape = tuple(images.shape)
         sizes = [target["size"] for target in targets]
         images = normalise(images, self.mean, self.std, sizes)
         images = images.to(self.dtype)  # of the weights: float32 unless the Trainer runs in bf16-true or 16-true

