@@ -298,12 +298,15 @@ def _quieten() -> None:
 
 
 def _wants_masks(detector: str, mmdet_config: str | None) -> bool:
-    """Whether a detector learns masks, which the data has to load for it."""
+    """Whether a detector learns masks, which the data has to load for it; the task explains a bad configuration."""
     if detector != "mmdet" or mmdet_config is None:
         return detector == "mask_rcnn"
-    from effvit.tasks.mmdetection import has_masks
+    try:
+        from effvit.tasks.mmdetection import has_masks
 
-    return has_masks(mmdet_config)
+        return has_masks(mmdet_config)
+    except ConfigError:
+        return False
 
 
 def _published_input(backbone: str | None) -> dict[str, Any] | None:
