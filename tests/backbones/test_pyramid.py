@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from effvit.backbones import Backbone, FeatureMap, FeaturePyramid, create_backbone
+from effvit.backbones import Backbone, FeatureMap, FeaturePyramid, PyramidNeck, create_backbone
 from effvit.errors import ConfigError
 
 
@@ -215,10 +219,104 @@ def test_levels_that_vitdets_pyramid_lacks_are_refused():
         FeaturePyramid(OneMap(), ("p5", "p6"))
 
 
+R_CNN = ("p2", "p3", "p4", "p5", "p6")
+
+
+@settings(max_examples=12, deadline=None)
+@given(height=st.integers(32, 200), width=st.integers(32, 200), one_map=st.booleans(), levels=st.integers(5, 7))
+def test_pooled_levels_are_every_second_cell_of_the_level_before(height, width, one_map, levels):
+    names = tuple(f"p{n}" for n in range(2, 2 + levels))
+    pyramid = FeaturePyramid(OneMap() if one_map else Ordinary(), names, out_channels=4, coarser="pool")
+    assert len(pyramid.downsamplers) == 0
+    assert not any(name.startswith("downsamplers") for name in pyramid.state_dict())
+    with torch.no_grad():
+        found = pyramid(torch.randn(1, 3, height, width))
+    assert tuple(found) == names
+    for before, level in itertools.pairwise(names[3:]):
+        assert torch.equal(found[level], found[before][..., ::2, ::2]), level
+        assert sizes(found)[level] == tuple(-(-side // 2) for side in found[before].shape[2:])
+
+
+def test_pooling_leaves_the_other_levels_and_their_names_alone():
+    torch.manual_seed(0)
+    convolved = FeaturePyramid(Ordinary(), R_CNN, out_channels=4)
+    pooled = FeaturePyramid(Ordinary(), R_CNN, out_channels=4, coarser="pool")
+    expected = {name: value for name, value in convolved.state_dict().items() if "downsamplers.p6" not in name}
+    assert list(pooled.state_dict()) == list(expected)
+    pooled.load_state_dict(expected)
+    images = torch.randn(1, 3, 70, 90)
+    with torch.no_grad():
+        own, other = pooled(images), convolved(images)
+    assert all(torch.equal(own[level], other[level]) for level in R_CNN[:4])
+    assert torch.equal(own["p6"], own["p5"][..., ::2, ::2])
+
+
+def test_the_coarsest_map_of_efficientvit_is_no_pooled_one(backbone):
+    pooled = FeaturePyramid(backbone, R_CNN, out_channels=8, coarser="pool")
+    convolved = FeaturePyramid(backbone, R_CNN, out_channels=8)
+    assert list(pooled.state_dict()) == list(convolved.state_dict())
+    convolved.load_state_dict(pooled.state_dict())
+    images = torch.randn(1, 3, 96, 130)
+    with torch.no_grad():
+        found, expected = pooled(images), convolved(images)
+    assert all(torch.equal(found[level], expected[level]) for level in R_CNN)
+
+
+def test_dynamicvit_gets_vitdets_five_levels():
+    pyramid = FeaturePyramid(create_backbone("dynamicvit_tiny"), R_CNN, out_channels=8, coarser="pool").eval()
+    assert list(pyramid.simple) == ["p2", "p3", "p4", "p5"]
+    with torch.no_grad():
+        found = pyramid(torch.randn(1, 3, 96, 128))
+    assert sizes(found) == {"p2": (24, 32), "p3": (12, 16), "p4": (6, 8), "p5": (3, 4), "p6": (2, 2)}
+    assert torch.equal(found["p6"], found["p5"][..., ::2, ::2])
+
+
+def test_every_parameter_below_pooled_levels_learns():
+    pyramid = FeaturePyramid(Ordinary(), R_CNN, out_channels=4, coarser="pool")
+    pyramid(torch.randn(1, 3, 64, 64))["p6"].square().sum().backward()
+    assert pyramid.outputs["p5"].weight.grad.abs().sum() > 0
+
+
+def test_another_way_to_coarser_levels_is_refused(backbone):
+    with pytest.raises(ConfigError, match="coarser must be one of conv, pool, not 'maxpool'"):
+        FeaturePyramid(backbone, coarser="maxpool")
+
+
+@pytest.mark.parametrize("coarser", ["conv", "pool"])
+@pytest.mark.parametrize("make", [Ordinary, OneMap])
+def test_a_neck_is_the_pyramid_without_its_backbone(make, coarser):
+    pyramid = FeaturePyramid(make(), R_CNN, out_channels=8, coarser=coarser)
+    neck = PyramidNeck(pyramid.backbone.feature_maps, R_CNN, 8, coarser)
+    assert [f"backbone.{name}" for name in pyramid.backbone.state_dict()] + list(neck.state_dict()) == list(
+        pyramid.state_dict()
+    )
+    neck.load_state_dict({name: value for name, value in pyramid.state_dict().items() if "backbone." not in name})
+    assert (neck.levels, neck.strides, neck.out_channels) == (R_CNN, (4, 8, 16, 32, 64), 8)
+    images = torch.randn(1, 3, 75, 64)
+    with torch.no_grad():
+        maps = pyramid.backbone(images)
+        for found in (neck(maps), neck.merge(maps), pyramid.merge(maps)):
+            for level, expected in pyramid(images).items():
+                assert torch.equal(found[level], expected), level
+
+
 def test_norms_of_maps_that_no_level_reads_are_frozen():
     pyramid = FeaturePyramid(create_backbone("efficientformer_l1", official_grid=2), out_channels=8)
     frozen = [name for name, parameter in pyramid.named_parameters() if not parameter.requires_grad]
     assert frozen == [f"backbone.{norm}.{kind}" for norm in ("norm", "norm0") for kind in ("weight", "bias")]
+
+
+def test_building_changes_nothing_but_what_is_frozen():
+    backbone = create_backbone("dynamicvit_tiny", keep_ratio=0.7)
+    backbone.prepare_for_dense()
+    before, generator = {name: value.clone() for name, value in backbone.state_dict().items()}, torch.get_rng_state()
+    PyramidNeck(backbone.feature_maps, ("p4",), 8)  # what the pyramid itself draws
+    after = torch.get_rng_state()
+    torch.set_rng_state(generator)
+    FeaturePyramid(backbone, ("p4",), out_channels=8)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert all(parameter.grad is None for parameter in backbone.parameters())
 
 
 def test_building_on_a_backbone_that_recomputes_leaves_it_as_it_was():
