@@ -17,6 +17,24 @@ def count_macs(module: nn.Module, *inputs: object) -> int:
         module: Any network, in the mode in which it is to be counted. On torch's meta device nothing is computed.
         *inputs: What its ``forward`` takes, on the device of the module.
     """
+    return count_parts(module, *inputs, parts=("",))[0]
+
+
+def count_parts(module: nn.Module, *inputs: object, parts: tuple[str, ...]) -> list[int]:
+    """What submodules do of one forward pass, see `count_macs`.
+
+    Args:
+        module: Any network.
+        *inputs: What its ``forward`` takes.
+        parts: Names of submodules, such as ``pyramid.backbone``; the empty name is the whole network.
+
+    Raises:
+        AttributeError: There is no such submodule.
+    """
+    for part in parts:
+        module.get_submodule(part)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
-    return int(counter.get_total_flops()) // 2
+    counts = counter.get_flop_counts()
+    names = [".".join(filter(None, (type(module).__name__, part))) for part in parts]
+    return [sum(counts.get(name, {}).values()) // 2 for name in names]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -15,15 +16,27 @@ from effvit._cli.shipped import merged_config, shipped_configs, summary, with_ba
 CONFIGS = shipped_configs()
 
 
-#: Those that stand for their family in each run of the tests; the rest differs in name and size only.
-QUICK = {"efficientvit_m0", "efficientvit_m5_cifar10", "efficientformer_l1", "mobilevit_xxs", "dynamicvit_small"}
-RECIPES = ("efficientvit", "efficientformer", "mobilevit", "dynamicvit")
+#: Those that stand for their family and for their detector in each run of the tests; the rest differs in name and size
+#: only, and tests/test_recipes.py and tests/test_coco_recipes.py check the figures of all.
+QUICK = {
+    "classification/efficientvit_m0",
+    "classification/efficientvit_m5_cifar10",
+    "classification/efficientformer_l1",
+    "classification/mobilevit_xxs",
+    "classification/dynamicvit_small",
+    "detection/coco/mask_rcnn_efficientformerv2_s0",
+    "detection/coco/ssdlite_mobilevitv2_050",
+}
+RECIPES = (
+    *(f"classification/{family}" for family in ("efficientvit", "efficientformer", "mobilevit", "dynamicvit")),
+    "detection/coco/",
+    "detection/faster_rcnn_1x",
+)
 
 
 def configs():
     for name in sorted(CONFIGS):
-        recipe = name.removeprefix("classification/")
-        rare = recipe.startswith(RECIPES) and recipe not in QUICK
+        rare = name.startswith(RECIPES) and name not in QUICK
         yield pytest.param(name, marks=[pytest.mark.slow] if rare else [])
 
 
@@ -35,6 +48,13 @@ def class_folders(tmp_path):
             (tmp_path / "classes" / split / kind).mkdir(parents=True)
             cv2.imwrite(str(tmp_path / "classes" / split / kind / "0.jpg"), np.zeros((40, 40, 3), np.uint8))
     return tmp_path / "classes"
+
+
+def mmdet_config(name):
+    """A configuration that MMDetection brings."""
+    import mmdet
+
+    return Path(mmdet.__file__).parent / ".mim" / "configs" / name
 
 
 @pytest.mark.parametrize("name", list(configs()))
@@ -53,6 +73,9 @@ def test_a_config_builds_data_network_and_trainer(name, coco_root, class_folders
     data = merged_config(CONFIGS[name])["data"]["class_path"]
     if data == "CocoDetection":
         arguments += ["--data.root", str(coco_root)]
+    if name == "detection/mmdet":
+        pytest.importorskip("mmdet", reason="needs the extra: pip install effvit[mmdet]")
+        arguments += ["--model.mmdet_config", str(mmdet_config("retinanet/retinanet_r50_fpn_1x_coco.py"))]
     if data in {"ImageNet", "ImageFolder"}:
         arguments += ["--data.root", str(class_folders)]
     if name.startswith("classification/"):
@@ -69,21 +92,6 @@ def test_every_config_says_in_its_first_line_what_it_is():
     assert CONFIGS
     for name, path in CONFIGS.items():
         assert len(summary(path)) > 20, name
-
-
-def test_the_recipe_of_the_published_table_is_as_published():
-    """Figures of the official downstream configs, see the header of the file."""
-    import yaml
-
-    config = yaml.safe_load(CONFIGS["detection/retinanet_1x"].read_text())
-    model, data = config["model"]["init_args"], config["data"]["init_args"]
-    assert config["trainer"]["max_epochs"] == 12
-    assert model["optimizer"] == {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4, "weight_decay": 0.05}}
-    assert model["lr_scheduler"]["init_args"] == {"milestones": [8, 11]}
-    assert (model["warmup_steps"], model["warmup_factor"]) == (500, 0.001)
-    assert (data["image_size"], data["flip"], data["batch_size"]) == ([1333, 800], 0.5, 2)
-    assert "ema_decay" not in config
-    assert "gradient_clip_val" not in config["trainer"]
 
 
 def test_listing_configs_is_fast():
