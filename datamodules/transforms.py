@@ -178,9 +178,13 @@ class PhotometricDistort(v2.RandomPhotometricDistort):  # type: ignore[misc]
     @staticmethod
     def _operations(contrast_before: bool) -> list[tuple[Callable[[Pixels, float], Pixels], str]]:
         """What is done in which order, and the parameter of each."""
-        rest = [(color, "saturation_factor"), (hue, "hue_factor")]
-        second = [(contrast, "contrast_factor")]
-        return [(brightness, "brightness_factor"), *(second + rest if contrast_before else rest + second)]
+        steps: list[tuple[Callable[[Pixels, float], Pixels], str]] = [
+            (brightness, "brightness_factor"),
+            (color, "saturation_factor"),
+            (hue, "hue_factor"),
+        ]
+        steps.insert(1 if contrast_before else len(steps), (contrast, "contrast_factor"))
+        return steps
 
 
 #: How images are brought to the size of the network, and how training images are augmented, by name.

@@ -89,7 +89,7 @@ def _renamed(state: Mapping[str, Tensor], detector: SSDLite) -> dict[str, Tensor
         count = anchors.get(int(predictor[1])) if predictor is not None else None
         if predictor is not None and count is not None and not len(value) % count:
             level = f"heads.{predictor[1]}"
-            by_anchor = value.unflatten(0, (count, -1))
+            by_anchor = value.reshape(count, -1, *value.shape[1:])
             classes = torch.cat([by_anchor[:, _BOX + 1 :], by_anchor[:, _BOX : _BOX + 1]], dim=1)
             values[f"{level}.boxes.{predictor[2]}"] = by_anchor[:, :_BOX].flatten(0, 1)
             values[f"{level}.classes.{predictor[2]}"] = classes.flatten(0, 1)
