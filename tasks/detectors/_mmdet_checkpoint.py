@@ -137,10 +137,11 @@ def _counterparts(detector: Detector, entries: Iterable[str]) -> dict[str, str]:
 
 
 def _neck(pyramid: FeaturePyramid, entries: Iterable[str]) -> list[tuple[str, str]]:
-    """The rules for a pyramid: MMDetection's ``FPN``, the official ``EfficientViTFPN``, or our own in MMDetection."""
+    """The rules for a pyramid: those of ``FPN``, the official ``EfficientViTFPN``, or ``effvit.FeaturePyramid``."""
     own = next((found for name in entries if (found := re.match(r"neck\.(.*?)(laterals|simple)\.p\d", name))), None)
     if own is not None:
-        return [(r"^pyramid\.", f"neck.{own[1]}")]
+        extra = [(rf"^pyramid\.downsamplers\.{p}\.", f"neck.extra.{i}.") for i, p in enumerate(pyramid.downsamplers)]
+        return [*extra, (r"^pyramid\.", f"neck.{own[1]}")]
     laterals, finer = list(pyramid.laterals), list(pyramid.upsamplers)
     parts = {f"laterals.{level}": f"lateral_convs.{i}" for i, level in enumerate(laterals)}
     parts |= {f"outputs.{level}": f"fpn_convs.{i}" for i, level in enumerate(laterals)}
