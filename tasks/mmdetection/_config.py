@@ -16,8 +16,11 @@ from effvit.errors import ConfigError, did_you_mean
 
 _log = logging.getLogger(__name__)
 
-#: Types that are no entries of a registry, but names of functions of ``mmcv.ops``.
-_FUNCTIONS = frozenset({"nms", "soft_nms"})
+#: Types that are no entries of a registry: names in ``mmcv.ops``, and plain words that one module knows.
+_UNREGISTERED = frozenset(
+    {"nms", "soft_nms", "RoIAlign", "RoIPool", "SimpleRoIAlign", "DeformRoIPoolPack", "ModulatedDeformRoIPoolPack"}
+    | {"dilation", "offset", "conv", "interpolation_conv", "last_conv"}
+)
 _TUPLE = "__tuple__"
 
 
@@ -109,7 +112,7 @@ def _from_text(text: str) -> dict[str, Any]:
 
 
 def _registered() -> set[str]:
-    names = set(_FUNCTIONS)
+    names = set(_UNREGISTERED)
     for root in (MODELS, TASK_UTILS, WEIGHT_INITIALIZERS):
         for registry in (root, *root.children.values()):
             names |= {form for name in registry.module_dict for form in (name, f"{registry.scope}.{name}")}
