@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from effvit._cli import tables as module
+from effvit._cli.coco_formats import Cost
 from effvit._cli.coco_rows import ROWS
 from effvit._cli.shipped import merged_config, shipped_configs
-from effvit._cli.tables import Cost
 
 M4 = "retinanet_efficientvit_m4"
 
@@ -57,12 +57,13 @@ def test_published_numbers_are_printed_with_who_published_them(cli, uncounted):
     cells = {name: [cell.strip() for cell in line.split("|")[1:-1]] for name, line in lines.items()}
     assert cells["efficientformer_l1"][1:5] == ["8.00", "18.59", "2.00", "157.5"]
     assert cells["efficientformer_l1"][5:] == (
-        ["published (authors)", "37.9", "60.3", "41.0", "-", "-", "-", "35.4", "57.3", "37.3", "published"]
+        ["authors", "37.9", "60.3", "41.0", "-", "-", "-", "35.4", "57.3", "37.3", "folder"]
     )
-    assert cells["efficientformer_l7"][5] == "published (unconfirmed)"
-    assert cells["efficientvit_m5"][5] == "published (LSNet paper)"
+    assert cells["efficientformer_l7"][5] == "unconfirmed"
+    assert cells["efficientvit_m5"][5] == "LSNet paper"
     assert cells["efficientvit_m0"][5:] == ["not published", *["-"] * 9, "none"]
-    assert cells["mobilevitv2_100"][5:7] == ["published (authors)", "26.5"]
+    assert cells["mobilevitv2_100"][5:7] == ["authors", "26.47"]
+    assert [cells[name][-1] for name in ("mobilevitv2_100", "efficientformerv2_s2")] == ["file", "none"]
     for title in ("## RetinaNet, 1280x800", "## Mask R-CNN, 1280x800", "## SSDLite, 320x320"):
         assert title in done.out
     assert "one multiply-accumulate is one FLOP" in done.out
@@ -87,23 +88,24 @@ def test_numbers_are_consistent():
 
 def test_what_runs_reached_stands_under_what_was_published(cli, uncounted, tmp_path):
     write_run(tmp_path / "runs" / "old", M4, metrics_of(0.2, stage="val"))
-    write_run(tmp_path / "runs" / "best" / "test", M4, metrics_of(0.331))
+    write_run(tmp_path / "runs" / "best" / "test", M4, metrics_of(0.33123))
     write_run(tmp_path / "more" / "mask", "mask_rcnn_efficientvit_m4", metrics_of(0.3, masks=True))
     rows, left_out = rows_of(cli, "*_m4", "--results", tmp_path / "runs", tmp_path / "more")
     assert left_out == []
     found = rows[M4]
     assert (found["runs"], found["run"]) == (2, str(tmp_path / "runs" / "best" / "test"))
-    assert (found["published_AP"], found["measured_AP"], found["difference_AP"]) == (32.7, 33.1, 0.4)
+    assert (found["published_AP"], found["measured_AP"], found["difference_AP"]) == (32.7, 33.123, 0.423)
     assert found["measured_mask_AP"] is None
     masks = rows["mask_rcnn_efficientvit_m4"]
     assert (masks["published_mask_AP"], masks["measured_mask_AP"], masks["difference_mask_AP"]) == (31.0, 28.0, -3.0)
     assert (masks["published_APs"], masks["measured_APs"], masks["difference_APs"]) == (None, 30.0, None)
     text = cli.run("tables", "coco", "*_m4", "--detector", "retinanet", "--results", tmp_path).out
-    assert [line.split("|")[6:8] for line in text.splitlines() if "measured " in line or "difference " in line] == [
-        [" measured            ", " 33.1 "],
-        [" difference          ", " +0.4 "],
+    assert [line.split("|")[6:8] for line in text.splitlines() if line.startswith("|")][2:] == [
+        [" authors    ", " 32.7 "],
+        [" measured   ", " 33.1 "],
+        [" difference ", " +0.4 "],
     ]
-    assert f"measured: {tmp_path / 'runs' / 'best' / 'test'}, the best of 2" in text
+    assert f"measured in {tmp_path / 'runs' / 'best' / 'test'}, the best of 2" in text
 
 
 @pytest.mark.parametrize(
