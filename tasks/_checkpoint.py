@@ -1,4 +1,4 @@
-"""Opening the checkpoints of runs, and those of MMDetection."""
+"""Opening the checkpoints of runs, and the detectors that others have published."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from effvit.backbones import open_checkpoint
 from effvit.errors import CheckpointError
+from effvit.tasks.detectors._cvnets_checkpoint import is_cvnets
 from effvit.tasks.detectors._mmdet_checkpoint import is_mmdet
 
 
@@ -34,8 +35,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def read_mmdet(path: str | Path | None) -> dict[str, Tensor] | None:
-    """Opens a checkpoint that MMDetection has written, never running what it holds.
+def read_published(path: str | Path | None) -> dict[str, Tensor] | None:
+    """Opens a detector's checkpoint that MMDetection or ml-cvnets has written, never running what it holds.
 
     Args:
         path: The file.
@@ -52,4 +53,4 @@ def read_mmdet(path: str | Path | None) -> dict[str, Tensor] | None:
     if not isinstance(content, dict) or "hyper_parameters" in content:
         return None
     state = content.get("state_dict", content)
-    return state if isinstance(state, dict) and is_mmdet(state) else None
+    return state if isinstance(state, dict) and (is_mmdet(state) or is_cvnets(state)) else None

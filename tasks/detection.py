@@ -11,7 +11,7 @@ from torch.optim import AdamW
 
 from effvit.backbones import Backbone, create_backbone
 from effvit.errors import ConfigError
-from effvit.tasks._checkpoint import read_mmdet
+from effvit.tasks._checkpoint import read_published
 from effvit.tasks._task import (
     NORMS,
     Group,
@@ -22,6 +22,7 @@ from effvit.tasks._task import (
     normalise,
 )
 from effvit.tasks.detectors._contract import Detector
+from effvit.tasks.detectors._cvnets_checkpoint import is_cvnets, load_cvnets
 from effvit.tasks.detectors._mmdet_checkpoint import backbone_options_in, load_mmdet
 from effvit.tasks.detectors.factory import DetectorSettings, detector_kind, make_detector, unread_settings
 from effvit.tasks.metrics.coco import CocoEvaluator, CocoResult
@@ -67,8 +68,8 @@ class Detection(Task):
         detector: ``retinanet``, ``faster_rcnn``, ``mask_rcnn``, ``ssdlite``, or ``mmdet`` for MMDetection's engine.
         mmdet_config: For ``mmdet``: a configuration of MMDetection, as a path or as the name of one that it ships.
         pretrained: Weights of the backbone: ``true`` for the published file, or the path of a file.
-        checkpoint: Weights of the whole detector to start from or to evaluate: a run's checkpoint, or a file that
-            MMDetection wrote, such as those published for EfficientViT and EfficientFormer.
+        checkpoint: Weights of the whole detector to start from or to evaluate: a run's checkpoint, or a file of
+            MMDetection or ml-cvnets, such as those published for EfficientViT, EfficientFormer and MobileViT.
         pyramid_channels: Channels of every pyramid level.
         head_convs: Stacked 3x3 convolutions: in each branch of RetinaNet's head, in the mask head of Mask R-CNN.
         head_channels: Hidden units of the box head of Faster and Mask R-CNN.
@@ -140,7 +141,7 @@ class Detection(Task):
             detections_per_image=detections_per_image,
             pad_divisor=pad_divisor,
         )
-        published = read_mmdet(checkpoint)
+        published = read_published(checkpoint)
         network = _Network(backbone, backbone_options, pretrained, gradient_checkpointing)
         if mmdet_config is not None:
             self.detector = self._mmdetector(mmdet_config, network, pad_divisor)
@@ -152,7 +153,7 @@ class Detection(Task):
         self.evaluator = CocoEvaluator(self.detector.iou_types, backend=coco_backend)
         self.result: CocoResult | None = None
         if published is not None:
-            self._load_mmdet(published, str(checkpoint))
+            self._load_published(published, str(checkpoint))
         elif checkpoint is not None:
             self.start_from(checkpoint)
 
@@ -190,11 +191,12 @@ class Detection(Task):
         self.mean, self.std = detector.mean, detector.std
         return detector
 
-    def _load_mmdet(self, state: dict[str, Tensor], path: str) -> None:
+    def _load_published(self, state: dict[str, Tensor], path: str) -> None:
         if self.hparams["detector"] == "mmdet":
             report = cast("MMDetector", self.detector).load(state, path)
         else:
-            report = load_mmdet(self.detector, state, path)
+            load = load_cvnets if is_cvnets(state) else load_mmdet
+            report = load(self.detector, state, path)
         _log.info("%s: %s", path, report)
 
     @property

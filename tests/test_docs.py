@@ -19,7 +19,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 #: Makes a documented training take seconds; everything else about it stays as written.
 BRIEF = "--trainer.max_steps 2 --trainer.limit_val_batches 2 --data.num_workers 0".split()
-BRIEF_DETECTOR = [*BRIEF, "--model.pyramid_channels", "16", "--model.head_convs", "1"]
+SMALL = "--model.pyramid_channels 16 --model.head_convs 1 --model.head_channels 32 --model.roi_samples 32".split()
+BRIEF_DETECTOR = [*BRIEF, *SMALL]
 BRIEF_TRAININGS = {
     "detection/digits": [*BRIEF_DETECTOR, "--data.num_train", "16", "--data.num_val", "4"],
     "detection/": [*BRIEF_DETECTOR, "--data.image_size", "[96,64]"],
@@ -30,6 +31,8 @@ BRIEF_TRAININGS = {
 }
 #: What the commands do outside effvit is tried by `.ci/run` and by running this suite.
 OUTSIDE = ("pip install", "pytest")
+#: Installing effvit, as a whole or with one of its extras.
+INSTALLS = {"pip install -e .", 'pip install -e ".[test]"', 'pip install -e ".[mmdet]"'}
 
 
 def blocks(language):
@@ -59,6 +62,10 @@ def folder(tmp_path_factory, tiny_coco_run):
     shutil.copytree(data / "val", where / "my_images")
     shutil.copytree(run, where / "runs" / "finetune")
     torch.save({"model": create_backbone("efficientvit_m4").state_dict()}, where / "efficientvit_m4.pth")
+    torch.save(mmdetection_file("efficientvit_m4", num_classes=3), where / "mask_rcnn_efficientvit_m4.pth")
+    (where / "my_faster_rcnn.py").write_text(
+        f"_base_ = {str(mmdet_config('faster_rcnn/faster-rcnn_r50_fpn_1x_coco'))!r}"
+    )
     write_class_folders(where / "photos")
     return where
 
@@ -79,6 +86,24 @@ def classified(folder, cli):
     return folder
 
 
+def mmdetection_file(backbone, num_classes):
+    """A checkpoint with the content of MMDetection's of a Mask R-CNN, its weights random."""
+    from effvit.backbones import create_backbone
+    from effvit.tasks.detectors._mmdet_checkpoint import _counterparts
+    from effvit.tasks.detectors.factory import DetectorSettings, make_detector
+
+    detector = make_detector("mask_rcnn", create_backbone(backbone), num_classes, DetectorSettings())
+    state = {f"backbone.{name}": value for name, value in detector.pyramid.backbone.state_dict().items()}
+    own = detector.state_dict()
+    return {"state_dict": state | {key: own[name] for name, key in _counterparts(detector, []).items()}}
+
+
+def mmdet_config(name):
+    """A configuration that MMDetection ships, or only its name where MMDetection is not installed."""
+    found = importlib.util.find_spec("mmdet")
+    return Path(found.origin if found else "mmdet").parent / ".mim" / "configs" / f"{name}.py"
+
+
 def write_class_folders(root):
     """Two classes of small noisy photographs, 6 for training and 3 for validation each."""
     random = np.random.default_rng(0)
@@ -94,10 +119,7 @@ def write_class_folders(root):
 @pytest.mark.parametrize("command", commands())
 def test_a_documented_command_runs(command, folder, cli, monkeypatch, request):
     if command.startswith(OUTSIDE):
-        assert command in (ROOT / ".ci" / "run").read_text() or command in {
-            "pip install -e .",
-            'pip install -e ".[test]"',
-        }
+        assert command in (ROOT / ".ci" / "run").read_text() or command in INSTALLS
         return
     monkeypatch.chdir(folder)
     words = shlex.split(command)
@@ -111,11 +133,19 @@ def test_a_documented_command_runs(command, folder, cli, monkeypatch, request):
         return
     assert words[0] == "effvit", command
     words = words[1:]
+    if "detection/mmdet" in words:
+        pytest.importorskip("mmdet", reason="needs the extra mmdet")
     if "runs/transfer/best.ckpt" in words:
         request.getfixturevalue("classified")
-    if words[0] == "fit" and "--resume" not in words:
+    if any(word.startswith("detection/coco/") or word.endswith("_coco.pth") for word in words):
+        words.append("--print_config")  # a published detector at full size: tests/test_configs.py builds them
+    elif words[:2] == ["tables", "coco"] and all(word.startswith("--") for word in words[2:3]):
+        words.insert(2, "mobilevit_xxs")  # the whole table takes a minute
+    elif words[0] == "fit" and "--resume" not in words:
         config = words[words.index("-c") + 1]
         words += next(brief for start, brief in BRIEF_TRAININGS.items() if config.startswith(start))
+    if words[0] == "test" and "-c" in words:
+        words += ["--data.image_size", "[96,64]", "--data.num_workers", "0"]
     if "ddp" in words:
         process = cli.start(*words, cwd=folder)
         said = process.communicate()[0]

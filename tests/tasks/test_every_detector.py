@@ -120,7 +120,7 @@ def test_masks_that_are_not_in_the_data_are_asked_for():
         del one["masks"]
     task = small("mask_rcnn")
     images, sizes = task.prepare(data)
-    with pytest.raises(ConfigError, match="needs masks"):
+    with pytest.raises(ConfigError, match="learns from masks"):
         task.detector.loss(images, sizes, data[1])
 
 
