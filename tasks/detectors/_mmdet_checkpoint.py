@@ -92,7 +92,9 @@ def load_mmdet(detector: Detector, state: Mapping[str, Tensor], source: str | Pa
         CheckpointError: The file holds another detector, backbone or number of classes, or not all of the weights; the
             detector may then have those of the backbone.
     """
-    prefix = next(found[1] for name in state if (found := _ROOT.match(name)))
+    prefix = next((found[1] for name in state if (found := _ROOT.match(name))), None)
+    if prefix is None:
+        raise CheckpointError(f"{source} holds no detector of MMDetection: it has no entries of a head")
     entries = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     theirs = _counterparts(detector, entries)
     _check_kind(theirs.values(), entries, source, type(detector).__name__)

@@ -21,11 +21,10 @@ BASE = Path(mmdet.__file__).parent / ".mim" / "configs" / "_base_" / "models"
 CLASSES, CHANNELS, HIDDEN = 5, 16, 32
 SETTINGS = DetectorSettings(pyramid_channels=CHANNELS, head_convs=2, head_channels=HIDDEN)
 RPN = f"rpn_head=dict(in_channels={CHANNELS}, feat_channels={CHANNELS})"
-BOXES = f"bbox_roi_extractor=dict(out_channels={CHANNELS}), bbox_head=dict(in_channels={CHANNELS}, fc_out_channels={HIDDEN})"
-MASKS = (
-    f"mask_roi_extractor=dict(out_channels={CHANNELS}),"
-    f"mask_head=dict(in_channels={CHANNELS}, conv_out_channels={CHANNELS}, num_convs=2)"
-)
+WIDTHS = f"in_channels={CHANNELS}, fc_out_channels={HIDDEN}"
+BOXES = f"bbox_roi_extractor=dict(out_channels={CHANNELS}), bbox_head=dict({WIDTHS})"
+MASK_WIDTHS = f"in_channels={CHANNELS}, conv_out_channels={CHANNELS}, num_convs=2"
+MASKS = f"mask_roi_extractor=dict(out_channels={CHANNELS}), mask_head=dict({MASK_WIDTHS})"
 RETINA = f"bbox_head=dict(in_channels={CHANNELS}, feat_channels={CHANNELS}, stacked_convs=2)"
 HEADS = {
     "retinanet": ("retinanet_r50_fpn.py", RETINA),

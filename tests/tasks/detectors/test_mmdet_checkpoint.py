@@ -7,6 +7,7 @@ snap-research/EfficientFormer ``detection``) and MMDetection's, not derived from
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from functools import partial
 from types import ModuleType
@@ -489,6 +490,11 @@ def test_snaps_file_needs_its_own_tables():
         load_mmdet(detector, mmdet_file(efficientformer(), layers)["state_dict"], "x.pth")
 
 
+def test_a_file_of_something_else_is_refused(detectors):
+    with pytest.raises(CheckpointError, match="holds no detector of MMDetection"):
+        load_mmdet(detectors["retinanet"], {"backbone.patch_embed.0.c.weight": torch.zeros(1)}, "x.pth")
+
+
 @pytest.mark.parametrize(
     "names",
     [
@@ -534,3 +540,24 @@ def test_a_runners_logs_are_passed_over(tmp_path, monkeypatch, detectors):
     torch.save({"hyper_parameters": {"lr": np.float64(0.1)}, "state_dict": {}}, tmp_path / "run.ckpt")
     with pytest.raises(CheckpointError, match="refused"):
         open_checkpoint(tmp_path / "run.ckpt")
+
+
+class Payload:
+    """Would do what it was given, if it were unpickled."""
+
+    def __init__(self, function, *arguments):
+        self.parts = function, arguments
+
+    def __reduce__(self):
+        return self.parts
+
+
+def test_nothing_in_a_file_is_executed(tmp_path):
+    state, marker = {"bbox_head.retina_cls.bias": torch.zeros(9)}, tmp_path / "executed"
+    torch.save({"state_dict": state, "meta": Payload(marker.touch)}, tmp_path / "x.pth")
+    assert list(read_checkpoint(tmp_path / "x.pth")) == list(state)
+    for payload in (Payload(eval, f"open({str(marker)!r}, 'w')"), Payload(os.mkdir, str(marker))):
+        torch.save({"state_dict": state, "meta": payload}, tmp_path / "x.pth")
+        with pytest.raises(CheckpointError, match=r"refused and nothing of it was executed"):
+            read_checkpoint(tmp_path / "x.pth")
+    assert not marker.exists()
