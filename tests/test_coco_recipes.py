@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,7 @@ def family(name):
     return name.rpartition("_")[0]
 
 
+@functools.cache
 def recipe(name):
     """Trainer, model, data, optimizer, schedule and everything of a recipe."""
     config = merged_config(CONFIGS[name])
