@@ -314,6 +314,6 @@ def _verdict(state: Mapping[str, Tensor], backbone: Backbone) -> str:
     for name in list_backbones():
         other = outline(name)
         report, _ = _match(state, other, other.state_dict())
-        if name != backbone.info.name and not report.missing and not report.mismatched:
+        if name != backbone.info.name and not _required(other, other) & {*report.missing, *report.mismatched}:
             return f"these look like the weights of {name}"
     return "these are not (all of) its weights"

@@ -311,15 +311,12 @@ class Detection(Task):
     def classes_in(self, state_dict: dict[str, Tensor]) -> tuple[tuple[str, ...], int | None]:
         """See `Task.classes_in`."""
         prefixes = tuple(f"detector.{prefix}" for prefix in self.detector.class_parameters)
-        biases = [name for name in state_dict if name.startswith(prefixes) and name.endswith(".bias")]
+        background = {"retinanet": 0, "faster_rcnn": 1, "mask_rcnn": 1, "ssdlite": 1}.get(self.hparams["detector"])
         own = self.state_dict()
-        number = len(self.categories)
-        for name in (name for name in biases if name in own):
-            rows, given = own[name].numel(), state_dict[name].numel()
-            if rows == number + 1:  # a softmax with the background
-                return prefixes, given - 1
-            if rows % number == 0:
-                return prefixes, given // (rows // number)
+        name = next((name for name in own if name.startswith(prefixes) and name.endswith(".bias")), None)
+        if background is not None and name in state_dict:
+            rows = own[name].numel() // (len(self.categories) + background)  # outputs for each class
+            return prefixes, state_dict[name].numel() // rows - background
         return prefixes, None
 
 

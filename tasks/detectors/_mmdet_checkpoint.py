@@ -99,11 +99,13 @@ def load_mmdet(detector: Detector, state: Mapping[str, Tensor], source: str | Pa
     theirs = _counterparts(detector, entries)
     _check_kind(theirs.values(), entries, source, type(detector).__name__)
     _check_classes(detector, theirs, entries, source)
-    _check_layers(detector, theirs, entries, source)
     pyramid = detector.get_submodule("pyramid")
     assert isinstance(pyramid, FeaturePyramid)
     backbone = pyramid.backbone
     trunk = {name: value for name, value in entries.items() if name.startswith("backbone.")}
+    if _reads_other_maps(pyramid, theirs, entries):
+        load_backbone(backbone, trunk, source)  # which fails, and says whose weights these are
+    _check_layers(detector, theirs, entries, source)
     report = load_backbone(backbone, trunk, source)
     lost = [name for name in report.missing if not name.startswith(backbone.embed_only)]
     if lost:
@@ -205,6 +207,12 @@ def _check_classes(
                 f"{source} was trained on {given} classes and this detector is for {detector.num_classes}: use data "
                 "with the same classes, or start from a backbone alone with --model.pretrained"
             )
+
+
+def _reads_other_maps(pyramid: FeaturePyramid, theirs: Mapping[str, str], entries: Mapping[str, Tensor]) -> bool:
+    """Whether the file's pyramid is on maps of other widths than ours."""
+    pairs = ((layer.weight, theirs[f"pyramid.laterals.{level}.weight"]) for level, layer in pyramid.laterals.items())
+    return any(key in entries and entries[key].shape[1] != weight.shape[1] for weight, key in pairs)
 
 
 def _check_layers(

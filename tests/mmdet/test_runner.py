@@ -59,7 +59,7 @@ def test_the_runner_trains_and_validates(coco_root):
     runner = Runner.from_cfg(Config.fromfile(path))
     runner.train()
     assert type(runner.model.backbone).__name__ == "RegisteredBackbone"
-    lines = [json.loads(line) for file in (coco_root / "work").rglob("vis_data/*.json") for line in file.open()]
+    lines = [json.loads(line) for file in (coco_root / "work").rglob("scalars.json") for line in file.open()]
     assert [line["loss"] > 0 for line in lines if "loss" in line] == [True, True]
     assert any("coco/bbox_mAP" in line for line in lines)
     saved = torch.load(coco_root / "work" / "iter_2.pth", weights_only=False)["state_dict"]  # our own, a moment old

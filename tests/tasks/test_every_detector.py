@@ -8,7 +8,7 @@ import pytest
 import torch
 from pycocotools import mask as mask_api
 
-from effvit.errors import ConfigError
+from effvit.errors import CheckpointError, ConfigError
 from effvit.tasks import Detection
 from effvit.tasks.detectors.factory import DETECTORS
 
@@ -112,6 +112,13 @@ def test_a_crowd_of_three_hundred_and_an_object_of_one_pixel(detector):
     task = small(detector)
     train(task, batch(crowd, pixel))
     train(task, batch(pixel))
+
+
+@pytest.mark.parametrize("detector", sorted(DETECTORS))
+def test_weights_for_other_classes_say_for_how_many(detector):
+    other = Detection("efficientvit_m0", {0: "one", 1: "two"}, detector=detector, **SMALL).state_dict()
+    with pytest.raises(CheckpointError, match=r"a\.ckpt was trained on 2 classes, the data has 3: disc, bar, ring"):
+        small(detector).load_weights(other, "a.ckpt")
 
 
 def test_masks_that_are_not_in_the_data_are_asked_for():

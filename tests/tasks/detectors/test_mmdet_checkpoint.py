@@ -439,13 +439,18 @@ def test_another_number_of_classes_is_refused(kind, detectors):
 def test_another_backbone_is_refused_and_named(monkeypatch):
     monkeypatch.setattr("effvit.backbones._checkpoint.list_backbones", lambda: ["efficientvit_m0", "efficientvit_m1"])
     detector = small_detector(backbone="efficientvit_m1")
-    with pytest.raises(CheckpointError, match=r"pyramid_channels.*of another shape are neck.lateral_convs"):
-        load_mmdet(detector, small_file()["state_dict"], "x.pth")
-    state = small_file()["state_dict"]
-    for level, module in zip(range(3), detector.pyramid.laterals.values(), strict=True):
-        state[f"neck.lateral_convs.{level}.conv.weight"] = module.weight.detach()
+    before = detector.pyramid.backbone.patch_embed.conv1.conv.weight.clone()
     with pytest.raises(CheckpointError, match=r"does not fill efficientvit_m1: these look like .* efficientvit_m0"):
-        load_mmdet(detector, state, "x.pth")
+        load_mmdet(detector, small_file()["state_dict"], "x.pth")
+    assert torch.equal(detector.pyramid.backbone.patch_embed.conv1.conv.weight, before)
+
+
+def test_snaps_dense_network_is_told_from_others(monkeypatch):
+    monkeypatch.setattr("effvit.backbones._checkpoint.list_backbones", lambda: ["efficientformer_l1"])
+    layers = [*fpn(("p2", "p3", "p4", "p5"), (48, 96, 224, 448), 8), *box_heads(3, 8, 4), *mask_head(3, 8, 1)]
+    detector = make_detector("mask_rcnn", create_backbone("mobilevit_xxs"), 3, SMALL)
+    with pytest.raises(CheckpointError, match="these look like the weights of efficientformer_l1"):
+        load_mmdet(detector, mmdet_file(efficientformer(), layers)["state_dict"], "x.pth")
 
 
 @pytest.mark.parametrize(
