@@ -262,7 +262,7 @@ def main() -> None:
     for row in rows:
         measurement, agreement = in_own_process(time_row, *row, own.rounds)
         measurements.append(measurement if own.device == "cpu" else _by_wall(measurement))
-        print(f"- {measurement.title}: {agreement}", flush=True)
+        print(f"- {measurement.title}: {agreement}; ours {measurements[-1].results[1].ratio:.2f} as fast", flush=True)
     unit = "img" if own.device == "cpu" else "img, by wall time and not"
     print("", to_markdown(measurements, unit=unit), sep="\n", end="\n\n")
     if own.memory:
