@@ -211,8 +211,10 @@ def _check_classes(
 
 def _reads_other_maps(pyramid: FeaturePyramid, theirs: Mapping[str, str], entries: Mapping[str, Tensor]) -> bool:
     """Whether the file's pyramid is on maps of other widths than ours."""
-    pairs = ((layer.weight, theirs[f"pyramid.laterals.{level}.weight"]) for level, layer in pyramid.laterals.items())
-    return any(key in entries and entries[key].shape[1] != weight.shape[1] for weight, key in pairs)
+    names = [f"laterals.{level}.weight" for level in pyramid.laterals]
+    keys = [theirs[f"pyramid.{name}"] for name in names]
+    own = {key: pyramid.get_parameter(name).shape[1] for key, name in zip(keys, names, strict=True)}
+    return any(key in entries and entries[key].shape[1] != width for key, width in own.items())
 
 
 def _check_layers(
