@@ -10,10 +10,12 @@ import shutil
 import pytest
 import yaml
 
+from effvit._cli import coco_runs
 from effvit._cli import tables as module
 from effvit._cli.coco_formats import Cost
 from effvit._cli.coco_rows import ROWS
 from effvit._cli.shipped import merged_config, shipped_configs
+from effvit.datamodules import CocoDetection
 
 M4 = "retinanet_efficientvit_m4"
 
@@ -129,6 +131,13 @@ def test_an_evaluation_of_something_else_is_not_passed_off_as_coco(cli, uncounte
     text = cli.run("tables", "coco", "efficientvit_m4", "--results", tmp_path).out
     assert f"- {tmp_path / 'run'}: {left_out[0]['reason']}" in text
     assert "90.0" not in text
+
+
+def test_the_log_says_what_was_evaluated(coco_root, caplog):
+    """The line of a real data module is the one that is looked for."""
+    with caplog.at_level("INFO", logger="effvit"):
+        CocoDetection(str(coco_root)).setup("validate")
+    assert coco_runs._SPLIT_READ.findall("\n".join(caplog.messages)) == [("val", "6", "6", "3")]
 
 
 def test_rows_that_were_not_asked_for_are_no_strangers(cli, uncounted, tmp_path):
