@@ -59,6 +59,7 @@ def mask_targets(
         chosen = torch.nonzero((owner >= start) & (owner < stop)).squeeze(1)
         regions = torch.cat([(owner[chosen] - start).to(boxes)[:, None], boxes[chosen]], dim=1)
         targets[chosen] = (roi_align(canvas, regions, (side, side), 1.0, -1, True)[:, 0] >= 0.5).float()
+        del canvas  # before the next one is made
     return targets
 
 

@@ -65,9 +65,7 @@ def test_losses_are_finite_and_reach_every_parameter(kind, targets):
     for name, parameter in detector.named_parameters():
         assert parameter.grad is not None, f"{name} would stop a distributed run"
         assert parameter.grad.isfinite().all(), name
-    found_something = any(len(own["boxes"]) for own in targets)
-    assert (losses["loss_rpn_bbox"].item() > 0) == found_something
-    assert (losses["loss_bbox"].item() > 0) == found_something
+    assert (losses["loss_bbox"].item() > 0) == any(len(own["boxes"]) for own in targets)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
