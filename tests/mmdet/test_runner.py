@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,10 @@ import mmdet
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
+
+from effvit.backbones import create_backbone
 
 SHIPPED = Path(mmdet.__file__).parent / ".mim" / "configs"
 
@@ -82,3 +86,16 @@ def test_a_fresh_process_needs_no_more_than_the_configuration(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.stdout.split()[-1:] == ["RegisteredBackbone"], done.stderr
+
+
+def test_the_documented_configuration_builds(tmp_path, monkeypatch):
+    page = Path(__file__).resolve().parents[2] / "docs" / "detection.md"
+    (text,) = re.findall(r"^```py\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    base = "retinanet_r50_fpn_1x_coco.py"
+    (tmp_path / "config.py").write_text(text.replace(base, str(SHIPPED / "retinanet" / base)))
+    torch.save(create_backbone("efficientvit_m4").state_dict(), tmp_path / "efficientvit_m4.pth")
+    monkeypatch.chdir(tmp_path)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model = MODELS.build(Config.fromfile("config.py").model)
+    maps = model.eval().extract_feat(torch.zeros(1, 3, 64, 64))
+    assert [tuple(level.shape[1:]) for level in maps] == [(256, side, side) for side in (8, 4, 2, 1, 1)]
