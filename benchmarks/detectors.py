@@ -30,11 +30,12 @@ from effvit.tasks.detectors._contract import Detector
 from effvit.tasks.detectors._mmdet_checkpoint import load_mmdet
 from effvit.tasks.detectors.factory import DetectorSettings, make_detector
 
-#: MMDetection's configuration of each detector, and the layer whose weights decide how much is found.
+#: MMDetection's configuration of each detector, the layer whose weights decide how much is found, and the deviation of
+#: the classes' logits with which that is about as much as a trained detector finds.
 DETECTORS = {
-    "retinanet": ("retinanet/retinanet_r50_fpn_1x_coco.py", "bbox_head.retina_cls.weight", 35.0),
-    "faster_rcnn": ("faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", "roi_head.bbox_head.fc_cls.weight", 20.0),
-    "mask_rcnn": ("mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", "roi_head.bbox_head.fc_cls.weight", 20.0),
+    "retinanet": ("retinanet/retinanet_r50_fpn_1x_coco.py", "bbox_head.retina_cls.weight", 0.6),
+    "faster_rcnn": ("faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", "roi_head.bbox_head.fc_cls.weight", 3.0),
+    "mask_rcnn": ("mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py", "roi_head.bbox_head.fc_cls.weight", 3.0),
 }
 SIZES = {"256x256": (256, 256), "512x512": (512, 512), "800x1216": (800, 1216)}
 STEPS = ("training", "inference")
@@ -86,10 +87,12 @@ def make_pair(kind: str, backbone: str, device: str) -> tuple[Detector, Detector
     from effvit.tasks.mmdetection import MMDetector
 
     torch.manual_seed(0)
-    config, classifier, strength = DETECTORS[kind]
-    theirs = MMDetector(config, CLASSES, backbone=backbone)
+    config, classifier, deviation = DETECTORS[kind]
+    theirs = MMDetector(config, CLASSES, backbone=backbone).eval()
     with torch.no_grad():
-        theirs.model.get_parameter(classifier).mul_(strength)
+        dense, regions = theirs(make_batch((256, 256), "cpu").images)
+        logits = torch.cat([level.flatten() for level in dense]) if kind == "retinanet" else regions[0]
+        theirs.model.get_parameter(classifier).mul_(deviation / logits.std())
     ours = make_detector(kind, create_backbone(backbone), CLASSES, DetectorSettings())
     load_mmdet(ours, theirs.model.state_dict(), "MMDetection's detector")
     return theirs.to(device), ours.to(device, memory_format=torch.channels_last)

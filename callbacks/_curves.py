@@ -84,19 +84,36 @@ def _loss(axes: Axes, steps: Sequence[int], losses: Sequence[float]) -> None:
 
 
 def _metrics(axes: Axes, evaluations: Sequence[tuple[int, Mapping[str, float]]], metrics: Sequence[str]) -> None:
+    ends: list[tuple[float, int, str]] = []
     for name, colour in zip(metrics, (BLUE, ORANGE, GREEN, GREY), strict=False):
         points = [(step, row[name]) for step, row in evaluations if row.get(name, -1.0) >= 0]
         if points:
             x, y = zip(*points, strict=True)
             axes.plot(x, y, color=colour, linewidth=1.8, marker="o", markersize=3.5, label=name.replace("_", " "))
-            axes.annotate(
-                f"{y[-1]:.3f}", (x[-1], y[-1]), xytext=(5, 0), textcoords="offset points", color=colour, va="center"
-            )
+            ends.append((y[-1], x[-1], colour))
     if axes.lines:
         axes.legend(frameon=False, loc="best")
         axes.margins(x=0.14)
         if all(row.get(name, 0.0) <= 1 for _, row in evaluations for name in metrics):
             axes.set_ylim(0, min(1.02, max(axes.get_ylim()[1], 0.1)))
+        _write_values(axes, ends)
+
+
+def _write_values(axes: Axes, ends: Sequence[tuple[float, int, str]]) -> None:
+    """Writes the last value of each line beside it, values that are close one above the other."""
+    low, high = axes.get_ylim()
+    line, lowest = 0.055 * (high - low), -math.inf
+    for value, step, colour in sorted(ends):
+        lowest = max(value, lowest + line)
+        axes.annotate(
+            f"{value:.3f}",
+            (step, lowest),
+            xytext=(5, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+        )
 
 
 def style(axes: Axes, title: str, label: str) -> None:
