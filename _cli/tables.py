@@ -30,7 +30,7 @@ def tables(words: list[str]) -> int:
     Raises:
         ConfigError: There is no such table, backbone, detector or folder, or a file in the folder is damaged.
     """
-    own = _parser().parse_args(words)
+    own = _parser().parse_intermixed_args(words)
     if own.table not in _TABLES:
         raise ConfigError(f"there is no table {own.table!r}. {close_matches(own.table, _TABLES)}")
     rows = _select(own.pattern, own.detector)
