@@ -159,23 +159,23 @@ def check(step: str, variants: dict[str, Callable[[], Any]]) -> str:
         How far they are apart, in words.
 
     Raises:
-        SystemExit: Too far.
+        RuntimeError: Too far. SystemExit would leave the parent of this process waiting.
     """
     theirs, ours = (variant() for variant in variants.values())
     if step == "training":
         if set(theirs) != set(ours):
-            raise SystemExit(f"losses of other names: {sorted(theirs)} and {sorted(ours)}")
+            raise RuntimeError(f"losses of other names: {sorted(theirs)} and {sorted(ours)}")
         apart = max(abs(theirs[name] - ours[name]) / max(abs(theirs[name]), 1e-6) for name in theirs)
         if apart > LOSSES_APART:
-            raise SystemExit(f"the losses differ by {apart:.1%}: {theirs} and {ours}")
+            raise RuntimeError(f"the losses differ by {apart:.1%}: {theirs} and {ours}")
         return f"{len(ours)} losses at most {apart:.0e} apart, sum {sum(ours.values()):.3f}"
     counts = [len(found["scores"]) for found in ours]
     if counts != [len(found["scores"]) for found in theirs] or not all(counts):
-        raise SystemExit(f"{[len(found['scores']) for found in theirs]} and {counts} detections")
+        raise RuntimeError(f"{[len(found['scores']) for found in theirs]} and {counts} detections")
     apart = max(float((a["boxes"] - b["boxes"]).abs().max()) for a, b in zip(theirs, ours, strict=True))
     masks = [x["counts"] == y["counts"] for a, b in zip(theirs, ours, strict=True) for x, y in _masks(a, b)]
     if apart > PIXELS_APART or sum(masks) < 0.98 * len(masks):  # a pixel at 0.5 may fall on either side
-        raise SystemExit(f"boxes {apart:.1e} px apart, {sum(masks)} of {len(masks)} masks equal")
+        raise RuntimeError(f"boxes {apart:.1e} px apart, {sum(masks)} of {len(masks)} masks equal")
     equal = f", {sum(masks)} of {len(masks)} masks equal" if masks else ""
     return f"{counts} detections at most {apart:.0e} px apart{equal}"
 
