@@ -200,7 +200,8 @@ class EffvitCLI(LightningCLI):
         if self.subcommand == "fit":
             return
         if self.run.checkpoint is not None:
-            self.model.load_weights(self.run.checkpoint["state_dict"], str(self.run.checkpoint_path))
+            stored = self.run.checkpoint["hyper_parameters"]
+            self.model.load_weights(self.run.checkpoint["state_dict"], str(self.run.checkpoint_path), stored)
         elif not self.model.hparams["checkpoint"]:
             log.warning("these weights were never trained: pass --checkpoint, or --model.checkpoint beside -c")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -24,6 +26,10 @@ OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 LRSchedulerCallable = Callable[[Optimizer], LRScheduler]
 
 NORMS = (nn.modules.batchnorm._BatchNorm,)  # noqa: SLF001 - the only common base of BatchNorm1d/2d/3d and SyncBatchNorm
+
+
+#: Settings of tasks that decide which layers there are, those first that decide most.
+_SHAPING = ("detector", "backbone", "backbone_options", "pyramid_channels", "head_convs", "head_channels")
 
 
 class Group(NamedTuple):
@@ -201,12 +207,13 @@ class Task(LightningModule):
         """Notes that the weights inside supersede any starting point, which need not exist where they are loaded."""
         checkpoint["hyper_parameters"] |= {"pretrained": False, "checkpoint": None}
 
-    def load_weights(self, state_dict: dict[str, Tensor], source: str) -> None:
+    def load_weights(self, state_dict: dict[str, Tensor], source: str, stored: Mapping[str, Any] | None = None) -> None:
         """Loads all weights of the task, or fails.
 
         Args:
             state_dict: Weights under the names that this module gives them.
             source: Where they come from, for the message.
+            stored: Hyperparameters of the task that they are of, likewise.
 
         Raises:
             CheckpointError: The weights belong to another backbone, or to another number of classes.
@@ -215,7 +222,7 @@ class Task(LightningModule):
         odd = [name for name in own if name not in state_dict or own[name].shape != state_dict[name].shape]
         odd += [name for name in state_dict if name not in own]
         if odd:
-            raise CheckpointError(f"{source} {self._explain_mismatch(odd, state_dict)}")
+            raise CheckpointError(f"{source} {self._explain_mismatch(odd, state_dict, stored or {})}")
         self.load_state_dict(state_dict)
 
     def start_from(self, path: str) -> None:
@@ -225,11 +232,11 @@ class Task(LightningModule):
             CheckpointError: As `load_weights`, or the classes have other names.
         """
         content = read_run(path)
-        self.load_weights(content["state_dict"], path)
-        stored = content["hyper_parameters"].get("categories")
-        if stored is not None and Categories(stored) != self.categories:
+        self.load_weights(content["state_dict"], path, content["hyper_parameters"])
+        classes = content["hyper_parameters"].get("categories")
+        if classes is not None and Categories(classes) != self.categories:
             raise CheckpointError(
-                f"{path} was trained on other classes, {_brief(Categories(stored).names)}; the data has "
+                f"{path} was trained on other classes, {_brief(Categories(classes).names)}; the data has "
                 f"{_brief(self.categories.names)}. Use data that declares the same ones, or start from its backbone "
                 "with --model.pretrained."
             )
@@ -238,7 +245,14 @@ class Task(LightningModule):
         """Prefixes of the parameters that depend on the number of classes, and that number in given weights."""
         raise NotImplementedError
 
-    def _explain_mismatch(self, odd: list[str], given: dict[str, Tensor]) -> str:
+    def _explain_mismatch(self, odd: list[str], given: dict[str, Tensor], stored: Mapping[str, Any]) -> str:
+        for name in _SHAPING:
+            if stored.get(name) != self.hparams.get(name) and name in stored:
+                return (
+                    f"is of a network with {name} {stored[name]!r}, and this one has {self.hparams.get(name)!r}: pass "
+                    f"--model.{name} {_as_word(stored[name])}, or evaluate what the run trained with `effvit test "
+                    "--checkpoint FILE`"
+                )
         prefixes, number = self.classes_in(given)
         if all(name.startswith(prefixes) for name in odd):
             return (
@@ -251,6 +265,11 @@ class Task(LightningModule):
             f"{len(self.state_dict())} tensors are missing, unknown or of another shape, first {odd[0]!r}. Leave "
             "--model.backbone out to use the one of the checkpoint."
         )
+
+
+def _as_word(value: Any) -> str:
+    """A setting as it is written on a command line."""
+    return "null" if value is None else shlex.quote(json.dumps(value)) if isinstance(value, dict) else str(value)
 
 
 def _brief(names: tuple[str, ...], most: int = 20) -> str:

@@ -74,7 +74,8 @@ class Detection(Task):
         head_convs: Stacked 3x3 convolutions: in each branch of RetinaNet's head, in the mask head of Mask R-CNN.
         head_channels: Hidden units of the box head of Faster and Mask R-CNN.
         roi_samples: Regions of each image that the heads of Faster and Mask R-CNN learn from.
-        norm_eval: Keep the backbone's BatchNorm statistics fixed during training. Turn it off from scratch.
+        norm_eval: Keep the backbone's BatchNorm statistics fixed during training. Turn it off from scratch. Of a
+            backbone of MMDetection's own its configuration decides.
         score_threshold: Detections below this score are dropped, in ``[0, 1]``; ``None`` for the detector's published
             value (0.05; SSDLite 0.01).
         nms_threshold: Overlap (IoU) above which the weaker of two boxes of a class is dropped, in ``(0, 1]``; ``None``
@@ -141,6 +142,8 @@ class Detection(Task):
             detections_per_image=detections_per_image,
             pad_divisor=pad_divisor,
         )
+        for name in unread_settings(detector, settings):
+            _log.warning("the detector %s does not read %s", detector, name)
         published = read_published(checkpoint)
         network = _Network(backbone, backbone_options, pretrained, gradient_checkpointing)
         if mmdet_config is not None:
@@ -161,8 +164,6 @@ class Detection(Task):
         self, name: str, network: _Network, settings: DetectorSettings, published: dict[str, Tensor] | None
     ) -> Detector:
         """A detector of ours, its backbone built as that of the weights which it is to get."""
-        for setting in unread_settings(name, settings):
-            _log.warning("the detector %s does not read %s", name, setting)
         assert network.name is not None
         options = network.options or {}
         if published is not None:
@@ -225,6 +226,10 @@ class Detection(Task):
     def on_fit_start(self) -> None:
         """Starts training mode, and warns of a backbone that cannot be trained well as it is set up."""
         super().on_fit_start()
+        if "segm" in self.detector.iou_types and not getattr(self.trainer.datamodule, "masks", True):  # type: ignore[attr-defined]
+            raise ConfigError(
+                "this detector learns masks, which the data does not load: give the data module masks=True"
+            )
         options = self.hparams
         started = options["pretrained"] or options["checkpoint"] or self.trainer.ckpt_path
         network = self.backbone

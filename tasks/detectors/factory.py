@@ -73,8 +73,12 @@ def make_detector(name: str, backbone: Backbone, num_classes: int, settings: Det
 
 
 def unread_settings(name: str, settings: DetectorSettings) -> list[str]:
-    """Settings that were given another value than their default although the detector does not read them."""
-    reads = detector_kind(name).reads | {"pad_divisor"}  # the command line takes that one from the data
+    """Settings that were given another value than their default although the detector does not read them.
+
+    MMDetection's engine reads none: its own configuration says all.
+    """
+    own = frozenset() if name == "mmdet" else detector_kind(name).reads
+    reads = own | {"pad_divisor"}  # the command line takes that one from the data
     changed = [field.name for field in fields(settings) if getattr(settings, field.name) != field.default]
     return [field for field in changed if field not in reads]
 

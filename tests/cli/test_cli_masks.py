@@ -89,3 +89,19 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(cli, tmp_path, monkeypa
     monkeypatch.setattr(RetinaNet, "loss", broken)
     with pytest.raises(RuntimeError, match="shapes differ"):
         cli.run("fit", "-c", "detection/digits", *cli.tiny, "--run_dir", tmp_path / "run")
+
+
+def test_masks_cannot_be_chosen_against_the_detector(cli, tmp_path):
+    done = cli.run("fit", "-c", "detection/digits", "--data.masks", "true", "--run_dir", tmp_path / "run")
+    assert done.code == 2
+    assert "masks are loaded where --model.detector learns them: leave --data.masks out" in done.err
+
+
+def test_a_run_of_another_detector_says_which_option_to_give(tiny_run, cli, tmp_path):
+    done = cli.run(
+        "fit", "-c", "detection/digits", *cli.tiny, *SMALL, "--model.checkpoint", tiny_run / "best.ckpt",
+        "--run_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert done.code == 1
+    assert "is of a network with detector 'retinanet', and this one has 'mask_rcnn'" in done.err
+    assert "pass --model.detector retinanet" in done.err

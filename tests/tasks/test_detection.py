@@ -113,6 +113,10 @@ def test_weights_of_another_network_are_refused_with_the_reason(task):
         task.load_weights(
             Detection("efficientvit_m1", CLASSES, pyramid_channels=16, head_convs=1).state_dict(), "a.ckpt"
         )
+    with pytest.raises(
+        CheckpointError, match=r"with backbone_options \{'a': 1\}.* --model.backbone_options '\{\"a\": 1\}'"
+    ):
+        task.load_weights({}, "a.ckpt", {"backbone": "efficientvit_m0", "backbone_options": {"a": 1}})
     other = Detection("efficientvit_m0", {0: "one"}, pyramid_channels=16, head_convs=1).state_dict()
     with pytest.raises(CheckpointError, match=r"a\.ckpt was trained on 1 classes, the data has 3: disc, bar, ring"):
         task.load_weights(other, "a.ckpt")
