@@ -87,9 +87,7 @@ def launch(verb: str, words: Sequence[str]) -> int:
     if own.base is not None:
         raise ConfigError(f"base belongs into a configuration file; on the command line write -c {own.base}")
     if any(word.partition("=")[0] in {"--data.masks", "--data.init_args.masks"} for word in rest):
-        raise ConfigError(
-            "masks are loaded where the detector learns them: leave --data.masks out; see --model.detector"
-        )
+        raise ConfigError("masks are loaded where --model.detector learns them: leave --data.masks out")
     configs = [find_config(name) for name in own.config]
     if not configs and source is None and not {"-h", "--help"} & set(rest):
         flag = "--resume" if verb == "fit" else "--checkpoint"

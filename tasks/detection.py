@@ -227,9 +227,7 @@ class Detection(Task):
         """Starts training mode, and warns of a backbone that cannot be trained well as it is set up."""
         super().on_fit_start()
         if "segm" in self.detector.iou_types and not getattr(self.trainer.datamodule, "masks", True):  # type: ignore[attr-defined]
-            raise ConfigError(
-                "this detector learns masks, which the data does not load: give the data module masks=True"
-            )
+            raise ConfigError("this detector learns masks, which the data does not load: make the data with masks=True")
         options = self.hparams
         started = options["pretrained"] or options["checkpoint"] or self.trainer.ckpt_path
         network = self.backbone
