@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
 from mmdet.registry import MODELS
-from mmengine.config import ConfigDict
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
+from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
-from effvit.backbones import LoadReport, read_checkpoint
-from effvit.backbones._registry import without_memory
+from effvit.backbones import Backbone, LoadReport, load_state, read_checkpoint
 from effvit.errors import CheckpointError, ConfigError
 from effvit.tasks.detectors._contract import Detector
 from effvit.tasks.mmdetection import _samples
-from effvit.tasks.mmdetection._config import read_model, to_text
+from effvit.tasks.mmdetection._build import build, explained, outline, plans_masks, predicts_masks, without_weights
+from effvit.tasks.mmdetection._config import read_model, title, to_text
+from effvit.tasks.mmdetection._registry import RegisteredBackbone
 from effvit.tasks.mmdetection._swap import set_num_classes, swap_backbone
 
 _PROPOSALS = 1000  # of the box head in MMDetection's ``forward(mode="tensor")``; its mask head takes the first 100
+_OURS = "backbone.network."  # effvit's backbone among the names of a detector
+_OTHER_ENGINE = (
+    "The detectors published for EfficientViT and EfficientFormer have pyramids of their own: effvit's detectors take "
+    "those files, --model.detector mask_rcnn or retinanet without --model.mmdet_config"
+)
 
 
 class MMDetector(Detector):
     """A detector that a configuration of MMDetection 3 describes.
 
-    Nothing is ever downloaded: weights that the configuration names are left out, with a line in the log.
+    Weights that the configuration names are left out, with a line in the log, so that MMDetection downloads nothing.
 
     Args:
         config: Path of a configuration, name of one that MMDetection ships, or `config_text` of another detector.
@@ -49,7 +51,8 @@ class MMDetector(Detector):
         config_text: The configuration as JSON, before classes and backbone were put in; see `config`.
 
     Raises:
-        ConfigError: There is no such configuration, backbone or option, or the one does not fit the other.
+        ConfigError: There is no such configuration, backbone or option, or the one does not fit the other, or
+            MMDetection cannot build what it describes.
         CheckpointError: The weights cannot be had or do not fill the backbone.
     """
 
@@ -67,29 +70,33 @@ class MMDetector(Detector):
     ) -> None:
         super().__init__()
         model = read_model(config)
-        self.config_text = to_text(_without_weights(model))
-        if backbone is not None:
-            # Fixed statistics of BatchNorm are the task's `norm_eval`.
-            settings = {"norm_eval": False, "gradient_checkpointing": gradient_checkpointing, "pretrained": pretrained}
-            model = swap_backbone(model, backbone, backbone_options, settings)
-        else:
-            model = _keep_backbone(model, backbone_options, pretrained, gradient_checkpointing=gradient_checkpointing)
-        self._config = set_num_classes(model, num_classes)
+        self.config_text = to_text(without_weights(model))
+        with explained(model, title(config)):
+            if backbone is not None:
+                # Fixed statistics of BatchNorm are the task's `norm_eval`.
+                settings = {"norm_eval": False, "gradient_checkpointing": gradient_checkpointing}
+                model = swap_backbone(model, backbone, backbone_options, {**settings, "pretrained": pretrained})
+            else:
+                model = _keep_backbone(
+                    model, backbone_options, pretrained, gradient_checkpointing=gradient_checkpointing
+                )
+            self._config = set_num_classes(model, num_classes)
+            self.model = build(self._config)
         self.num_classes = num_classes
         self.pad_divisor = pad_divisor
-        self.model = _build(self._config)
         self.model.dataset_meta = {"classes": tuple(class_names)}
         if backbone is None and isinstance(pretrained, str) and not _is_ours(model):
             _fill_backbone(self.model.backbone, pretrained)
         self.mean, self.std, self._bgr, self._pad_value = _colours(self._config.get("data_preprocessor") or {})
-        self.masks = _predicts_masks(self.model)
+        self.masks = predicts_masks(self.model)
         self.iou_types = ("bbox", "segm") if self.masks else ("bbox",)  # type: ignore[misc] # the model's, not the class's
-        self._steps = 0
+        self.steps: Tensor  # in the checkpoint, so that a resumed run goes on with the step
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @cached_property
     def class_parameters(self) -> tuple[str, ...]:  # type: ignore[override] # found when first asked for
         """Names of the parameters whose shape depends on the number of classes."""
-        other = _outline(set_num_classes(self._config, self.num_classes + 1))
+        other = outline(set_num_classes(self._config, self.num_classes + 1))
         shapes = {name: value.shape for name, value in other.state_dict().items()}
         return tuple(f"model.{name}" for name, value in self.model.state_dict().items() if value.shape != shapes[name])
 
@@ -118,8 +125,8 @@ class MMDetector(Detector):
         _samples.add_objects(samples, targets, masks=self.masks)
         inputs = self._inputs(images, sizes)
         # Augmentations of whole batches, YOLOX's for one, ask MMEngine's runner for the step.
-        MessageHub.get_current_instance().update_info("iter", self._steps)
-        self._steps += 1
+        MessageHub.get_current_instance().update_info("iter", int(self.steps))
+        self.steps += 1
         for augment in self.model.data_preprocessor.batch_augments or ():
             inputs, samples = augment(inputs, samples)
         _, values = self.model.parse_losses(self.model.loss(inputs, samples))
@@ -157,61 +164,61 @@ class MMDetector(Detector):
         Raises:
             CheckpointError: They do not fill the detector.
         """
-        report = _fill(self.model, state)
+        backbone = self.model.backbone
+        if isinstance(backbone, RegisteredBackbone) and not any(name.startswith(_OURS) for name in state):
+            return self._load_foreign(backbone.network, state, source)
+        report = _compare(self.model.state_dict(), state)
         if report.missing or report.mismatched:
-            raise CheckpointError(
-                f"{source} does not fill the {type(self.model).__name__} of this configuration with "
-                f"{self.num_classes} classes: it was made for another one, or on other classes.\n{report}"
-            )
+            raise self._unfilled(source, report, "")
+        self._take(report, state)
         return report
+
+    def _load_foreign(self, network: Backbone, state: Mapping[str, Tensor], source: str) -> LoadReport:
+        """Loads a file whose backbone has the names of its authors' code, such as those published for our families."""
+        own = {name: value for name, value in self.model.state_dict().items() if not name.startswith("backbone.")}
+        trunk = {name: value for name, value in state.items() if name.startswith("backbone.")}
+        report = _compare(own, {name: value for name, value in state.items() if name not in trunk})
+        if report.missing or report.mismatched:
+            raise self._unfilled(source, report, " " + _OTHER_ENGINE)
+        inner = load_state(network, trunk, source)
+        lost = [name for name in inner.missing if not name.startswith(network.embed_only)]
+        if lost:
+            raise CheckpointError(
+                f"{source} has no weights for {len(lost)} entries of {network.info.name}, first {lost[0]}. "
+                + _OTHER_ENGINE
+            )
+        self._take(report, state)
+        return LoadReport(
+            (*(f"{_OURS}{name}" for name in inner.matched), *report.matched),
+            tuple(f"{_OURS}{name}" for name in inner.missing),
+            (*inner.unexpected, *report.unexpected),
+            tuple(f"{_OURS}{name}" for name in inner.resized),
+            (),
+        )
+
+    def _take(self, report: LoadReport, state: Mapping[str, Tensor]) -> None:
+        self.model.load_state_dict({name: state[name] for name in report.matched}, strict=False)
+
+    def _unfilled(self, source: str, report: LoadReport, more: str) -> CheckpointError:
+        return CheckpointError(
+            f"{source} does not fill the {type(self.model).__name__} of this configuration with {self.num_classes} "
+            f"classes: it was made for another one, or on other classes.{more}\n{report}"
+        )
 
 
 def has_masks(config: str) -> bool:
     """Whether the detector of a configuration learns masks; see `MMDetector` for `config`.
 
     Raises:
-        ConfigError: There is no such configuration.
+        ConfigError: There is no such configuration, or MMDetection cannot build it.
     """
-    return _predicts_masks(_outline(read_model(config)))
-
-
-def _predicts_masks(model: Any) -> bool:
-    return bool(model.with_mask) or hasattr(model, "panoptic_head")
-
-
-def _build(model: dict[str, Any]) -> Any:
-    """Builds a detector, its weights as its configuration draws them."""
-    with _quiet(), DefaultScope.overwrite_default_scope("mmdet"):
-        detector = MODELS.build(ConfigDict(model))
-        detector.init_weights()
-    return detector
-
-
-def _outline(model: dict[str, Any]) -> Any:
-    """The detector without memory for its weights."""
-    with without_memory(), DefaultScope.overwrite_default_scope("mmdet"):
-        return MODELS.build(ConfigDict(_without_weights(model)))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without MMEngine's paragraph for each parameter that it draws."""
-    logger = MMLogger.get_current_instance()
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+    model = read_model(config)
+    with explained(model, title(config)):
+        return plans_masks(model)
 
 
 def _is_ours(model: dict[str, Any]) -> bool:
     return bool(model["backbone"].get("type") == "effvit.Backbone")
-
-
-def _without_weights(model: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without a file for effvit's backbone: a checkpoint's own weights supersede it."""
-    return {**model, "backbone": {**model["backbone"], "pretrained": False}} if _is_ours(model) else model
 
 
 def _keep_backbone(
@@ -241,22 +248,20 @@ def _fill_backbone(backbone: nn.Module, path: str) -> None:
     """Loads a file into a backbone of MMDetection's, whose names are those of torchvision's ResNet."""
     state = read_checkpoint(path)
     inner = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
-    report = _fill(backbone, inner or state)
+    given = inner or state
+    report = _compare(backbone.state_dict(), given)
     if report.missing or report.mismatched:
         raise CheckpointError(f"{path} does not fill MMDetection's {type(backbone).__name__}.\n{report}")
+    backbone.load_state_dict({name: given[name] for name in report.matched}, strict=False)
 
 
-def _fill(network: nn.Module, state: Mapping[str, Tensor]) -> LoadReport:
-    """Loads all of a network by name, or nothing."""
-    own = network.state_dict()
+def _compare(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> LoadReport:
+    """Which entries of a network a file has, by name."""
     matched = tuple(name for name in own if name in state and state[name].shape == own[name].shape)
     mismatched = tuple(name for name in own if name in state and state[name].shape != own[name].shape)
     # Counters of seen batches matter to no one, and old files lack them.
     missing = tuple(name for name in own if name not in state and not name.endswith("num_batches_tracked"))
-    if not (missing or mismatched):
-        network.load_state_dict({name: state[name] for name in matched}, strict=False)
-    unexpected = tuple(name for name in state if name not in own)
-    return LoadReport(matched, missing, unexpected, (), mismatched)
+    return LoadReport(matched, missing, tuple(name for name in state if name not in own), (), mismatched)
 
 
 def _colours(

@@ -15,9 +15,7 @@ from mmengine.registry import MODELS as ROOT
 from mmengine.registry import Registry
 from torch import Tensor, nn
 
-from effvit.backbones import FeatureMap, PyramidNeck, create_backbone
-from effvit.backbones._registry import without_memory
-from effvit.backbones._unread import freeze_unread
+from effvit.backbones import FeatureMap, PyramidNeck, create_backbone, freeze_unread, without_memory
 from effvit.errors import ConfigError
 from effvit.tasks._task import freeze_norm_statistics
 

@@ -10,9 +10,9 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 
-from effvit.backbones import FeatureMap, create_backbone
-from effvit.backbones._registry import without_memory
+from effvit.backbones import FeatureMap, create_backbone, without_memory
 from effvit.errors import ConfigError
+from effvit.tasks.mmdetection._build import parameters
 from effvit.tasks.mmdetection._config import dictionaries
 from effvit.tasks.mmdetection._registry import maps_of
 
@@ -207,9 +207,4 @@ def _takes(neck: dict[str, Any], name: str) -> bool:
 
 
 def _parameters(neck: dict[str, Any]) -> dict[str, inspect.Parameter]:
-    """Arguments of a neck's class, and of the classes that it extends."""
-    found: dict[str, inspect.Parameter] = {}
-    for base in reversed(inspect.getmro(MODELS.get(neck["type"]))):
-        if "__init__" in vars(base):
-            found |= inspect.signature(base.__init__).parameters  # type: ignore[misc]
-    return found
+    return parameters(MODELS.get(neck["type"]))

@@ -1,10 +1,14 @@
-"""These tests need MMDetection: the extra ``mmdet``. Without it each file of the folder is skipped."""
+"""These tests need MMDetection: the extra ``mmdet``. Without it each file of the folder is skipped.
+
+``EFFVIT_REQUIRE_MMDET=1`` makes the lack of it an error, so that tests in a place that has it cannot vanish unnoticed.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import logging
+import os
 import warnings
 from typing import TYPE_CHECKING
 
@@ -14,7 +18,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MISSING = [name for name in ("mmengine", "mmcv", "mmdet") if importlib.util.find_spec(name) is None]
+_REQUIRED = os.environ.get("EFFVIT_REQUIRE_MMDET") == "1"
 
+if _MISSING and _REQUIRED:
+    raise pytest.UsageError(
+        f"EFFVIT_REQUIRE_MMDET=1, and {', '.join(_MISSING)} is missing: pip install 'effvit[mmdet]'"
+    )
 if not _MISSING:
     with warnings.catch_warnings():  # of packages that will not change any more
         warnings.simplefilter("ignore")

@@ -14,12 +14,13 @@ import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
+from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData
 from pycocotools import mask as coco_mask
 
 from effvit.backbones import create_backbone
 from effvit.errors import CheckpointError, ConfigError
-from effvit.tasks.mmdetection import MMDetector, _config, _requirements, _swap, has_masks
+from effvit.tasks.mmdetection import MMDetector, _build, _config, _requirements, _swap, has_masks
 
 SHIPPED = Path(mmdet.__file__).parent / ".mim" / "configs"
 #: A small Mask R-CNN as a user writes it; its weights would be downloaded by MMDetection.
@@ -161,11 +162,40 @@ def test_class_parameters_are_found_by_shape(detector):
     assert set(detector.class_parameters) == names
 
 
-def test_a_checkpoint_rebuilds_without_the_file(detector):
+def test_a_checkpoint_rebuilds_without_the_file(detector, batch):
     again = MMDetector(detector.config_text, 3)
     assert again.config_text == detector.config_text
-    shapes = {name: value.shape for name, value in again.state_dict().items()}
-    assert shapes == {name: value.shape for name, value in detector.state_dict().items()}
+    again.load_state_dict(detector.state_dict())
+    images, sizes = as_ours(batch[0], detector)
+    found, expected = again.eval().predict(images, sizes), detector.eval().predict(images, sizes)
+    for own, other in zip(found, expected, strict=True):
+        assert own.pop("rles") == other.pop("rles")
+        assert len(own["boxes"]) == 100
+        assert all(torch.equal(own[name], other[name]) for name in ("boxes", "scores", "labels"))
+
+
+def test_the_step_of_batch_augmentations_is_in_the_checkpoint(detector):
+    assert detector.state_dict()["steps"].dtype == torch.int64
+    again = MMDetector(detector.config_text, 3)
+    again.load_state_dict(detector.state_dict() | {"steps": torch.tensor(41)})
+    targets = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}]
+    targets[0]["masks"] = torch.zeros(0, 32, 32, dtype=torch.uint8)
+    again.train().loss(torch.zeros(1, 3, 32, 32), [(32, 32)], targets)
+    assert MessageHub.get_current_instance().get_info("iter") == 41
+    assert again.state_dict()["steps"] == 42
+    assert "steps" not in again.model.state_dict()
+
+
+def test_a_file_is_read_again_only_where_it_has_changed(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text('model = dict(type="RetinaNet", backbone=dict(type="ResNet", depth=50))\n')
+    first = _config.read_model(str(path))
+    first["backbone"]["depth"] = 18  # a copy of the caller's own
+    before = _config._from_file.cache_info()
+    assert _config.read_model(str(path))["backbone"]["depth"] == 50
+    assert _config._from_file.cache_info().hits == before.hits + 1
+    path.write_text('model = dict(type="RetinaNet", backbone=dict(type="ResNet", depth=101))\n')
+    assert _config.read_model(str(path))["backbone"]["depth"] == 101
 
 
 def test_tuples_survive_the_text():
@@ -176,16 +206,137 @@ def test_tuples_survive_the_text():
 
 
 @pytest.mark.parametrize(
-    "part",
+    ("part", "name"),
     [
-        {"backbone": {"type": "subprocess.Popen", "args": "true"}},
-        {"backbone": {"type": "ResNet"}, "neck": {"type": "mmengine.load", "file": "x.pkl"}},
-        {"backbone": {"type": "ResNet"}, "test_cfg": {"nms": {"type": "__import__('os').getpid", "iou": 0.5}}},
+        ({"backbone": {"type": "subprocess.Popen", "args": "true"}}, "subprocess.Popen"),
+        ({"backbone": {"type": "ResNet"}, "neck": {"type": "mmengine.load", "file": "x.pkl"}}, "mmengine.load"),
+        ({"backbone": {"type": "ResNet"}, "test_cfg": {"nms": {"type": "exit()", "iou": 0.5}}}, r"exit\(\)"),
     ],
 )
-def test_a_text_cannot_run_code(part):
-    with pytest.raises(ConfigError, match=r"names the type .* which is not registered here"):
+def test_a_text_cannot_run_code(part, name):
+    words = rf"names the type '{name}', which is not registered here\. (Did you mean .*\? )?Import the module"
+    with pytest.raises(ConfigError, match=words):
         _config.read_model(json.dumps({"model": {"type": "FasterRCNN", **part}}))
+
+
+TEACHER = {"type": "KnowledgeDistillationSingleStageDetector", "backbone": {"type": "ResNet", "depth": 50}}
+WEIGHTS = {"type": "Pretrained", "checkpoint": "http://host/x.pth"}
+
+
+@pytest.mark.parametrize("kind", ["KnowledgeDistillationSingleStageDetector", "mmdet.LAD"])
+def test_a_text_cannot_name_a_file_to_execute(kind, tmp_path):
+    attack = tmp_path / "attack.py"
+    attack.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nmodel = dict(type='ResNet', depth=18)\n")
+    text = json.dumps({"model": {**TEACHER, "type": kind, "teacher_config": str(attack)}})
+    for use in (has_masks, lambda text: MMDetector(text, 3)):
+        with pytest.raises(ConfigError, match=r"in the checkpoint has teacher_config='.*attack.py', for which MMDet"):
+            use(text)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"teacher_ckpt": "x.pth"}, "has teacher_ckpt='x.pth'"),
+        ({"backbone": {"type": "ResNet", "init_cfg": [WEIGHTS]}}, "a file of weights to open, 'http://host/x.pth'"),
+        ({"backbone": {"type": "ResNet", "pretrained": "x.pth"}}, "a file of weights to open, 'x.pth'"),
+        ({"backbone": {"type": "effvit.Backbone", "pretrained": True}}, "a file of weights to open, True"),
+        ({"neck": {"type": "FPN", "_scope_": "os"}}, "the scope 'os'"),
+        ({"language_model": {"type": "BertModel", "name": "x"}}, "has type='BertModel'"),
+    ],
+)
+def test_a_text_names_no_other_files(part, message):
+    with pytest.raises(ConfigError, match=f"in the checkpoint .*{message}"):
+        _config.read_model(json.dumps({"model": TEACHER | part}))
+
+
+def test_layers_that_mmdetection_finds_in_mmcv_may_stand_in_a_text():
+    model = {
+        "backbone": {"type": "ResNet"},
+        "roi_head": {"roi_layer": {"type": "RoIAlign"}, "x": {"type": "PrRoIPool"}},
+    }
+    assert _config.read_model(_config.to_text(model)) == model
+
+
+def test_weights_that_mmdetection_would_fetch_are_left_out_everywhere(caplog):
+    normal = {"type": "Normal", "std": 0.01}
+    model = {
+        "init_cfg": [normal, WEIGHTS],
+        "backbone": {"type": "ResNet", "init_cfg": WEIGHTS | {"type": "mmengine.model.PretrainedInit"}},
+        "neck": ({"init_cfg": {**normal, "override": WEIGHTS}}, {"pretrained": "torchvision://resnet50"}),
+        "twin": {"type": "effvit.Backbone", "pretrained": "own.pth"},
+    }
+    with caplog.at_level(logging.INFO, logger="effvit"):
+        assert _config.without_downloads(model) == {
+            "init_cfg": [normal],
+            "backbone": {"type": "ResNet", "init_cfg": None},
+            "neck": ({"init_cfg": {**normal, "override": None}}, {"pretrained": None}),
+            "twin": {"type": "effvit.Backbone", "pretrained": "own.pth"},
+        }
+    assert caplog.text.count("not loaded: http://host/x.pth") == 3
+
+
+def test_a_file_that_fetches_more_is_refused(tmp_path):
+    path = tmp_path / "student.py"
+    path.write_text(f"model = {TEACHER | {'teacher_ckpt': 'http://host/x.pth'}!r}\n")
+    with pytest.raises(
+        ConfigError, match=r"student.py has teacher_ckpt='http://host/x.pth', .* MMDetection's own Runner"
+    ):
+        MMDetector(str(path), 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "near"),
+    [
+        ('type="MaskRCNNN"', "'?MaskRCNNN is not in the mmdet::model registry", "Did you mean 'MaskRCNN'"),
+        ("roi_head=dict(mask_head=dict(numclasses=3))", "unexpected keyword argument 'numclasses'", "'num_classes'"),
+        ('neck=dict(type="FPNN")', "FPNN is not in", "Did you mean 'FPN'"),
+        ('backbone=dict(depth="50")', "KeyError: invalid depth 50", ""),
+    ],
+)
+def test_what_mmdetection_refuses_names_the_file_and_close_matches(change, words, near, tmp_path):
+    path = tmp_path / "typo.py"
+    path.write_text(SMALL.replace("backbone=dict(depth=18),", f"{change},") if "backbone" in change else SMALL)
+    if "backbone" not in change:
+        path.write_text(SMALL + f"\nfor name, entry in dict({change}).items():\n    model[name] = entry\n")
+    with pytest.raises(ConfigError, match=rf"cannot build the model of {path}: .*{words}(.|\n)*{near}"):
+        MMDetector(str(path), 3)
+
+
+@pytest.mark.parametrize("backbone", ["mobilevit_xxs", None])
+def test_a_wrong_neck_is_explained_with_any_backbone(backbone, tmp_path):
+    path = tmp_path / "typo.py"
+    path.write_text(SMALL.replace("neck=dict(", 'neck=dict(type="FPNN", '))
+    with pytest.raises(ConfigError, match=r"typo.py: .* Did you mean 'FPN'"):
+        MMDetector(str(path), 3, backbone=backbone)
+
+
+@pytest.mark.parametrize(
+    ("name", "masks"),
+    [
+        ("retinanet_r50_fpn_1x_coco", False),
+        ("mask-rcnn_r50_fpn_1x_coco", True),
+        ("cascade-mask-rcnn_r50_fpn_1x_coco", True),
+        ("detr_r50_8xb2-150e_coco", False),
+        ("yolox_tiny_8xb8-300e_coco", False),
+        ("solov2_r50_fpn_1x_coco", True),
+        ("mask2former_r50_8xb2-lsj-50e_coco", True),
+    ],
+)
+def test_masks_are_foreseen_without_building(name, masks, monkeypatch):
+    model = _config.read_model(name)
+    assert _build.predicts_masks(_build.outline(model)) is masks
+    monkeypatch.delattr(_build, "outline")
+    assert has_masks(name) is masks
+
+
+def test_masks_of_a_users_own_detector_are_those_of_the_built_one(user_config):
+    @MODELS.register_module(name="OwnMaskRCNN", force=True)
+    class _Own(MODELS.get("MaskRCNN")):
+        with_mask = False
+
+    model = _config.read_model(user_config)
+    assert not has_masks(_config.to_text(model | {"type": "OwnMaskRCNN"}))
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", "faster-rcnn_r50_fpn_1x_coco"])
@@ -378,6 +529,27 @@ def test_load_fills_the_whole_detector_or_fails(detector, user_config):
     del state["backbone.conv1.weight"]
     with pytest.raises(CheckpointError, match="1 missing"):
         other.load(state, "file.pth")
+
+
+@pytest.fixture(scope="module")
+def swapped_detector(user_config):
+    return MMDetector(user_config, 3, backbone="mobilevit_xxs")
+
+
+def test_load_takes_the_names_of_a_backbones_authors(swapped_detector, user_config):
+    own = {
+        name: value + 1 if value.is_floating_point() else value
+        for name, value in swapped_detector.model.state_dict().items()
+    }
+    state = {name.replace("backbone.network.", "backbone."): value for name, value in own.items()}
+    other = MMDetector(user_config, 3, backbone="mobilevit_xxs")
+    report = other.load(state, "published.pth")
+    assert report.missing == report.mismatched == ()
+    loaded = other.model.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in own.items())
+    foreign = {name.replace("neck.", "neck.official."): value for name, value in state.items()}
+    with pytest.raises(CheckpointError, match=r"published.pth does not fill the MaskRCNN .*--model.detector mask_rcnn"):
+        other.load(foreign, "published.pth")
 
 
 # --- what is registered
