@@ -27,7 +27,19 @@ from effvit.errors import CheckpointError
 _WRAPPERS = ("state_dict", "model", "module", "state_dict_ema", "model_ema", "ema_state_dict", "model_state_dict")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 _NAMED = 5
-_BROKEN = (AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
+#: All that an unpickler can run into where stand-ins are put to a use that they cannot take, or the file is hostile.
+_BROKEN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -190,7 +202,7 @@ def _read_beside_objects(path: Path, reason: str, *, zipped: bool) -> Any:
         content = load_without_objects(path) if zipped else None
     except pickle.UnpicklingError as error:
         reason = str(error)
-    except _BROKEN as error:  # the objects were put to a use that stand-ins cannot take
+    except _BROKEN as error:
         reason = f"{reason} ({type(error).__name__})"
     if isinstance(content, Mapping) and "hyper_parameters" not in content:
         return content

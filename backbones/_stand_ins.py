@@ -15,15 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-_REAL: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,  # noqa: SLF001 - what torch.save writes
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,  # noqa: SLF001
-    ("torch", "Size"): torch.Size,
-    ("torch", "device"): torch.device,
-}
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # by pickle's protocol 2, which torch.save uses
 #: Packages and names whose objects files are known to hold. Any other name makes a file suspicious: it is refused.
 _PACKAGES = {"addict", "argparse", "datetime", "mmcv", "mmdet", "mmengine", "numpy", "pathlib"}
@@ -37,6 +31,38 @@ _NAMES = {
     ("collections", "defaultdict"),
     ("collections", "deque"),
     ("copyreg", "_reconstructor"),
+}
+
+
+class _Maker:
+    """Calls a function or class without showing it.
+
+    An unpickler may set the attributes of whatever it is given, such as the defaults of a function of torch, for the
+    rest of the process. Here there is nothing to set.
+    """
+
+    __slots__ = ("_make",)
+    _make: Callable[..., Any]
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_make", make)
+
+    def __call__(self, *arguments: object) -> Any:
+        return self._make(*arguments)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise pickle.UnpicklingError(f"the file sets {name} of what it is read with")
+
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("the file changes what it is read with")
+
+
+_REAL = {
+    ("collections", "OrderedDict"): _Maker(OrderedDict),
+    ("torch._utils", "_rebuild_tensor_v2"): _Maker(torch._utils._rebuild_tensor_v2),  # noqa: SLF001 - of torch.save
+    ("torch._utils", "_rebuild_parameter"): _Maker(torch._utils._rebuild_parameter),  # noqa: SLF001
+    ("torch", "Size"): _Maker(torch.Size),
+    ("torch", "device"): _Maker(torch.device),
 }
 
 
@@ -85,7 +111,11 @@ def load_without_objects(path: Path) -> Any:
     """All that a zip file of ``torch.save`` holds, tensors on the CPU, with stand-ins for other packages' objects.
 
     Raises:
-        pickle.UnpicklingError: It asks for objects that no training program is known to store.
+        pickle.UnpicklingError: It asks for objects that no training program is known to store, changes what it is read
+            with, or is a program of TorchScript.
     """
+    # torch's own reader of the archive, which decides in the same way: such a file would go to torch.jit.load.
+    if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():  # noqa: SLF001
+        raise pickle.UnpicklingError("Unsupported: a program of TorchScript")
     module = SimpleNamespace(__name__=__name__, Unpickler=_Unpickler)  # all that torch reads of pickle's
     return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module, mmap=True)

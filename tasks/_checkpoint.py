@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,24 @@ def read_run(path: str | Path) -> dict[str, Any]:
         CheckpointError: No such file, a truncated file, a file that would run code, or not a checkpoint of a run.
     """
     content = open_checkpoint(path)
-    if not isinstance(content, dict) or not {"state_dict", "hyper_parameters"} <= content.keys():
+    if not _is_run(content):
         raise CheckpointError(
             f"{path} is not a checkpoint of a run: it has no 'state_dict' with 'hyper_parameters'. Weights of a "
             "backbone alone are loaded with --model.pretrained."
         )
-    return content
+    run: dict[str, Any] = content
+    return run
+
+
+def _is_run(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("hyper_parameters"), Mapping):
+        return False
+    state = content.get("state_dict")
+    return isinstance(state, Mapping) and len(_tensors(state)) == len(state)
+
+
+def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def read_published(path: str | Path | None) -> dict[str, Tensor] | None:
@@ -52,5 +65,6 @@ def read_published(path: str | Path | None) -> dict[str, Tensor] | None:
     content = open_checkpoint(path)
     if not isinstance(content, dict) or "hyper_parameters" in content:
         return None
-    state = content.get("state_dict", content)
-    return state if isinstance(state, dict) and (is_mmdet(state) or is_cvnets(state)) else None
+    inner = content.get("state_dict", content)
+    state = _tensors(inner) if isinstance(inner, Mapping) else {}
+    return state if is_mmdet(state) or is_cvnets(state) else None
