@@ -18,6 +18,12 @@ COCO_IMAGES, COCO_CATEGORIES = 5000, 80
 #: The line that `CocoDetection` writes into ``log.txt`` when it has read a split.
 _SPLIT_READ = re.compile(r"(val|test) split: (\d+) of (\d+) images, (\d+) categories$", re.MULTILINE)
 
+#: The line that `Detection` writes where weights of another project tell options of the backbone, as JSON.
+_OPTIONS_READ = re.compile(r"backbone options with those of the weights: (\{.*\})$", re.MULTILINE)
+
+#: Options of backbones that act in training only, or that follow from the weights and name no other network.
+_NO_OTHER_NETWORK = frozenset({"dropout", "classifier_dropout", "drop_path_rate", "channel_order"})
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -47,7 +53,8 @@ def find_runs(folders: list[Path], rows: tuple[CocoRow, ...]) -> tuple[dict[Coco
 
     An evaluation is a ``metrics.json`` as ``effvit validate`` and ``effvit test`` write it, with the ``config.yaml``
     and the ``log.txt`` beside it. It counts only where the log says that all 5000 validation images of COCO with their
-    80 categories were evaluated, and where the configuration is that of the row's network and image size.
+    80 categories were evaluated, and where the configuration is that of the row: its network, its image size, and the
+    published limits of what is detected.
 
     Args:
         folders: Where to look, at any depth.
@@ -113,7 +120,14 @@ def _judge(folder: Path, rows: tuple[CocoRow, ...]) -> CocoRow | str:
     row = next((row for row in rows if (row.detector, row.backbone) == (detector, backbone)), None)
     if row is None:
         return f"{detector} on {backbone} is no row of the table"
-    return _other_network(model) or _other_data(row, data, trainer) or _other_images(folder) or row
+    log = _read_log(folder)
+    return (
+        _other_network(row, model, log)
+        or _other_limits(row, model)
+        or _other_data(row, data, trainer)
+        or _other_images(log)
+        or row
+    )
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -133,7 +147,12 @@ def _options(config: dict[str, Any], part: str) -> dict[str, Any]:
     return options if isinstance(options, dict) else {}
 
 
-def _other_network(model: dict[str, Any]) -> str:
+def _read_log(folder: Path) -> str:
+    log = folder / "log.txt"
+    return log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+
+
+def _other_network(row: CocoRow, model: dict[str, Any], log: str) -> str:
     """Which setting makes it another network than the published one."""
     from effvit.tasks.detectors.factory import DetectorSettings
 
@@ -141,12 +160,38 @@ def _other_network(model: dict[str, Any]) -> str:
     for name in ("pyramid_channels", "head_convs", "head_channels"):
         if model.get(name, published[name]) != published[name]:
             return f"another network: {name} is {model[name]}, published {published[name]}"
+    read = _OPTIONS_READ.findall(log)
+    own = _network_options(json.loads(read[-1]) if read else model.get("backbone_options"))
+    theirs = _network_options(_row_config(row)["model"]["init_args"].get("backbone_options"))
+    if own != theirs:
+        return f"another network: backbone_options are {own or 'none'}, published {theirs or 'none'}"
     return ""
+
+
+def _network_options(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Those that make a network another one."""
+    given = (options or {}).items()
+    return {name: value for name, value in given if value is not None and name not in _NO_OTHER_NETWORK}
+
+
+def _other_limits(row: CocoRow, model: dict[str, Any]) -> str:
+    """Which limit on detections is another one than the detector's published one, which ``null`` stands for."""
+    from effvit.tasks.detectors.factory import detector_kind
+
+    kind = detector_kind(row.detector)
+    for name in ("score_threshold", "nms_threshold", "detections_per_image"):
+        if model.get(name) not in {None, getattr(kind, name)}:
+            return f"other limits: {name} is {model[name]}, published {getattr(kind, name)}"
+    return ""
+
+
+def _row_config(row: CocoRow) -> dict[str, Any]:
+    return merged_config(shipped_configs()[row.config])
 
 
 def _other_data(row: CocoRow, data: dict[str, Any], trainer: dict[str, Any]) -> str:
     """What makes it another evaluation than the published one: other images, or a part of them only."""
-    published = merged_config(shipped_configs()[row.config])["data"]["init_args"]
+    published = _row_config(row)["data"]["init_args"]
     for name in ("image_size", "resize"):
         if name in published and data.get(name) != published[name]:
             return f"other images: {name} is {data.get(name)}, published {published[name]}"
@@ -156,11 +201,9 @@ def _other_data(row: CocoRow, data: dict[str, Any], trainer: dict[str, Any]) -> 
     return ""
 
 
-def _other_images(folder: Path) -> str:
+def _other_images(log: str) -> str:
     """Says what was evaluated where that is not COCO, as far as the log tells."""
-    log = folder / "log.txt"
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    read = _SPLIT_READ.findall(text)
+    read = _SPLIT_READ.findall(log)
     if not read:
         return "not known to be COCO: log.txt does not say how many images and categories were evaluated"
     _, images, _, categories = read[-1]

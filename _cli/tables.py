@@ -37,6 +37,9 @@ def tables(words: list[str]) -> int:
     found, left_out = find_runs(own.results, ROWS) if own.results else ({}, [])
     lines = [_line(row, found.get(row, [])) for row in _watched(rows)]
     text = _FORMATS[own.format](lines, left_out)
+    if own.format == "csv":  # which has no place for them
+        for entry in left_out:
+            print(f"not in the table: {entry.folder}: {entry.reason}", file=sys.stderr)
     if own.output is None:
         print(text, end="")
         return 0
@@ -79,13 +82,33 @@ def _select(pattern: str, detector: str | None) -> tuple[CocoRow, ...]:
         raise ConfigError(f"the table has no detector {detector!r}. {close_matches(detector, DETECTOR_TITLES)}")
     rows = [row for row in ROWS if detector in (None, row.detector)]
     known = sorted({row.backbone for row in rows})
+    names = _matching(pattern, known)
+    if not names:
+        raise ConfigError(_explain_pattern(pattern, detector, known))
+    return tuple(row for row in rows if row.backbone in names)
+
+
+def _matching(pattern: str, known: Iterable[str]) -> set[str]:
+    """The names that a wildcard fits, or that a plain word is a part of unless it is one of them."""
     names = set(fnmatch.filter(known, pattern))
     if not names and not set(pattern) & set("*?["):
         names = {name for name in known if pattern.lower() in name}
-    if not names:
-        under = f" under {DETECTOR_TITLES[detector]}" if detector else ""
-        raise ConfigError(f"the table has no backbone {pattern!r}{under}. {close_matches(pattern, known)}")
-    return tuple(row for row in rows if row.backbone in names)
+    return names
+
+
+def _explain_pattern(pattern: str, detector: str | None, known: Iterable[str]) -> str:
+    """Says that no row fits, and which detectors have rows of that backbone, or which names are close."""
+    if detector is None:
+        return f"the table has no backbone {pattern!r}. {close_matches(pattern, known)}"
+    missing = f"the table has no backbone {pattern!r} under {DETECTOR_TITLES[detector]}"
+    elsewhere = [name for name in DETECTOR_TITLES if _matching(pattern, _backbones_of(name))]
+    if elsewhere:
+        return f"{missing}. Its rows are under --detector {' and '.join(elsewhere)}"
+    return f"{missing}. {close_matches(pattern, known)}"
+
+
+def _backbones_of(detector: str) -> list[str]:
+    return [row.backbone for row in ROWS if row.detector == detector]
 
 
 def _watched(rows: tuple[CocoRow, ...]) -> Iterable[CocoRow]:

@@ -26,6 +26,8 @@ CLIPPABLE = "outside"
 
 # What only a detector of masks minds.
 NO_SEGMENTATION = "no-segmentation"
+# Annotations that have boxes only lack nearly all segmentations; fewer are a fault of single objects.
+_BOXES_ONLY = 0.9
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ def apply_policy(data: dict[str, Any], faults: list[Fault], policy: str) -> tupl
         inside = position in clipped
         annotations.append(_clip(annotation, sizes[annotation["image_id"]]) if inside else annotation)
     kept = {**data, "images": images, "annotations": annotations}
-    return kept, dict(Counter(fault.kind for fault in faults))
+    return kept, count_kinds(faults)
 
 
 def _clip(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
@@ -252,10 +254,20 @@ def _clip(annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     return {**annotation, "bbox": [left, top, right - left, bottom - top]}
 
 
+def count_kinds(faults: list[Fault]) -> dict[str, int]:
+    """Number of faults of each kind, most frequent first."""
+    return dict(Counter(fault.kind for fault in faults).most_common())
+
+
+def only_boxes(annotations: int, without_segmentation: int) -> bool:
+    """Whether annotations are made for boxes: all or nearly all of them have no segmentation."""
+    return annotations > 0 and without_segmentation >= _BOXES_ONLY * annotations
+
+
 def fault_table(faults: list[Fault]) -> str:
     """Faults by kind, with their number, and the first of them in full."""
-    counts = Counter(fault.kind for fault in faults)
-    lines = [f"  {kind}: {number}" for kind, number in counts.most_common()]
+    counts = count_kinds(faults)
+    lines = [f"  {kind}: {number}" for kind, number in counts.items()]
     lines += [f"  {fault}" for fault in faults[:_SHOWN]]
     if len(faults) > _SHOWN:
         lines.append(f"  … and {len(faults) - _SHOWN} more (`effvit check-data` lists all of them)")

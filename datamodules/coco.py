@@ -11,7 +11,16 @@ from torch.utils.data import DataLoader
 
 from effvit.categories import Categories
 from effvit.datamodules._annotations import AnnotationTable
-from effvit.datamodules._checks import Fault, apply_policy, fault_table, find_faults, read_coco
+from effvit.datamodules._checks import (
+    NO_SEGMENTATION,
+    Fault,
+    apply_policy,
+    count_kinds,
+    fault_table,
+    find_faults,
+    only_boxes,
+    read_coco,
+)
 from effvit.datamodules._layout import SplitFiles, find_split, has_split
 from effvit.datamodules._loaders import DataModule, check_at_least, check_choice
 from effvit.datamodules._samplers import ShapeBatches
@@ -116,8 +125,9 @@ class CocoDetection(DataModule):
         check_choice("augmentation", augmentation, AUGMENTATIONS)
         if masks and augmentation == "ssd":
             raise ConfigError(
-                "augmentation 'ssd' crops images, which masks of the original size cannot follow. Leave masks out, or "
-                "choose augmentation 'flip'"
+                "augmentation 'ssd' crops images, which masks of the original size cannot follow, and masks are on "
+                "because the detector learns them. Pass `--data.augmentation flip`, or choose a detector of boxes, such "
+                "as `--model.detector ssdlite`"
             )
         self.image_size = image_size
         self.resize = resize
@@ -130,6 +140,7 @@ class CocoDetection(DataModule):
         self.faults = faults
         self.seed = seed
         self._categories: Categories | None = None
+        self._left_out: dict[str, dict[str, int]] = {}
         self._truths: dict[str, dict[str, Any]] = {}
         self._datasets: dict[str, AnnotatedImages] = {}
 
@@ -208,7 +219,7 @@ class CocoDetection(DataModule):
         training = split == "train"
         table = AnnotationTable(data, categories, masks=self.masks, keep_empty=self.keep_empty or not training)
         if not len(table):
-            raise DatasetError(f"{self._locate(split).annotations} has no image to {'train on' if training else 'use'}")
+            raise DatasetError(self._explain_empty(split))
         # `effvit tables coco` reads this line from the log of a run, to tell COCO from other data.
         total = len(data["images"])
         _log.info("%s split: %d of %d images, %d categories", split, len(table), total, len(categories))
@@ -220,21 +231,45 @@ class CocoDetection(DataModule):
 
     def _read(self, splits: list[str]) -> dict[str, dict[str, Any]]:
         """Reads splits and applies the policy, to the faults of all of them together."""
-        read: dict[str, dict[str, Any]] = {}
-        found: dict[Path, list[Fault]] = {}
-        for split in splits:
-            files = self._locate(split)
-            data = read_coco(files.annotations)
-            faults = find_faults(data, files.images, masks=self.masks)
-            if faults and self.faults != "error":
-                data, counts = apply_policy(data, faults, self.faults)
-                _log.warning("%s: faults handled by policy %r: %s", files.annotations, self.faults, counts)
-            elif faults:
-                found[files.annotations] = faults
-            read[split] = data
-        if found:
-            raise DatasetError(_fault_report(found))
-        return read
+        read = {split: read_coco(self._locate(split).annotations) for split in splits}
+        found: dict[str, list[Fault]] = {}
+        for split, data in read.items():
+            found[split] = find_faults(data, self._locate(split).images, masks=self.masks)
+        self._check_masks(read, found)
+        faulty = {self._locate(split).annotations: faults for split, faults in found.items() if faults}
+        if faulty and self.faults == "error":
+            raise DatasetError(_fault_report(faulty))
+        return {split: self._repair(split, data, found[split]) for split, data in read.items()}
+
+    def _repair(self, split: str, data: dict[str, Any], faults: list[Fault]) -> dict[str, Any]:
+        """What the policy makes of a split."""
+        if not faults:
+            return data
+        data, self._left_out[split] = apply_policy(data, faults, self.faults)
+        path = self._locate(split).annotations
+        _log.warning("%s: faults handled by policy %r: %s", path, self.faults, self._left_out[split])
+        return data
+
+    def _check_masks(self, read: dict[str, dict[str, Any]], found: dict[str, list[Fault]]) -> None:
+        """Says it once where there is nothing to learn masks from, instead of a fault for each object."""
+        parts = []
+        for split, data in read.items():
+            every, missing = len(data["annotations"]), count_kinds(found[split]).get(NO_SEGMENTATION, 0)
+            # Who asked to leave out those without may train on few that are left, but not on none.
+            if only_boxes(every, missing) and (self.faults == "error" or missing == every):
+                parts.append(f"{missing} of {every} objects of {self._locate(split).annotations}")
+        if parts:
+            raise DatasetError(
+                f"{' and '.join(parts)} have no segmentation: masks cannot be learnt from these annotations. Use a "
+                "detector of boxes, `--model.detector faster_rcnn` (or retinanet), or annotations with masks"
+            )
+
+    def _explain_empty(self, split: str) -> str:
+        text = f"{self._locate(split).annotations} has no image to {'train on' if split == 'train' else 'use'}"
+        if split not in self._left_out:
+            return text
+        kinds = ", ".join(f"{kind} {number}" for kind, number in self._left_out[split].items())
+        return f"{text} after `--data.faults {self.faults}`, which found: {kinds}"
 
     def _locate(self, split: str) -> SplitFiles:
         return find_split(self.root, split, *self._files[split])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from effvit.categories import Categories
-from effvit.datamodules._checks import NO_SEGMENTATION, Fault, find_faults, read_coco
+from effvit.datamodules._checks import NO_SEGMENTATION, Fault, count_kinds, find_faults, only_boxes, read_coco
 from effvit.datamodules._decode import SizeMismatchError, read_image
 from effvit.errors import DatasetError
 
@@ -86,10 +86,11 @@ class DatasetReport:
         annotations = self.num_objects + self.num_crowd
         if self.num_masks == annotations:
             return "every annotation has a segmentation"
-        return (
-            f"{annotations - self.num_masks} of {annotations} annotations have no segmentation: enough for a detector "
-            "of boxes; mask_rcnn stops at them (--data.faults skip leaves them out)"
-        )
+        missing = annotations - self.num_masks
+        text = f"{missing} of {annotations} annotations have no segmentation: enough for a detector of boxes; "
+        if only_boxes(annotations, missing):
+            return text + "masks cannot be learnt from them"
+        return text + "mask_rcnn stops at them (--data.faults skip leaves them out)"
 
     def _classes(self) -> list[str]:
         width = max((len(name) for name in self.class_counts), default=0)
@@ -113,7 +114,7 @@ def summarise_faults(faults: list[Fault], *, decoded: bool) -> str:
     scope = "" if decoded else " (image files were not opened)"
     if not faults:
         return f"no faults{scope}"
-    kinds = Counter(fault.kind for fault in faults).most_common()
+    kinds = count_kinds(faults).items()
     number = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
     return f"{number}{scope}: " + ", ".join(f"{kind} {number}" for kind, number in kinds)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
@@ -169,6 +170,8 @@ class Detection(Task):
         if published is not None:
             options = {**backbone_options_in(published, network.name), **options}
             self.hparams["backbone_options"] = options  # a checkpoint is rebuilt without the file
+            # `effvit tables coco` reads this line from the log of a run: its config.yaml lacks what the file tells.
+            _log.info("backbone options with those of the weights: %s", json.dumps(options, sort_keys=True))
         backbone = create_backbone(network.name, pretrained=network.pretrained, **options)
         backbone.set_grad_checkpointing(network.checkpointing)
         self.mean, self.std = backbone.input_spec.mean, backbone.input_spec.std

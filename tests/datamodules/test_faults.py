@@ -251,6 +251,12 @@ def test_no_image_to_train_on(faulty):
         CocoDetection(str(faulty(lambda coco: coco["annotations"].clear()))).setup("fit")
 
 
+def test_no_image_to_train_on_says_what_was_left_out(faulty):
+    root = faulty(lambda coco: [annotation.update(bbox=[1, 1, 0, 5]) for annotation in coco["annotations"]])
+    with pytest.raises(DatasetError, match=r"train on after `--data.faults skip`, which found: no-area 3"):
+        CocoDetection(str(root), faults="skip").setup("fit")
+
+
 def test_unreadable_image_names_file_and_id(faulty):
     root = faulty(lambda coco: None)
     (root / "train" / "000002.jpg").write_bytes(b"no picture")
@@ -324,6 +330,17 @@ def test_objects_without_a_mask_stop_a_detector_of_masks_only(faulty, empty):
     report = inspect_coco(root / "annotations" / "instances_train.json", root / "train", decode_images=False)
     assert report.ok
     assert "masks        1 of 3 annotations have no segmentation" in str(report)
+
+
+@pytest.mark.parametrize("policy", ["error", "skip", "clip"])
+def test_annotations_of_boxes_only_are_no_place_to_learn_masks(faulty, policy):
+    root = faulty(lambda coco: [annotation.pop("segmentation") for annotation in coco["annotations"]])
+    with pytest.raises(DatasetError, match=r"3 of 3 objects of .*masks cannot be learnt .* faster_rcnn") as caught:
+        CocoDetection(str(root), masks=True, faults=policy).setup("fit")
+    assert "faults skip" not in str(caught.value)
+    assert str(caught.value).count("\n") == 0
+    report = inspect_coco(root / "annotations" / "instances_train.json", root / "train", decode_images=False)
+    assert "3 of 3 annotations have no segmentation: enough for a detector of boxes; masks cannot" in str(report)
 
 
 def test_run_lengths_are_read_as_pycocotools_does():
