@@ -11,7 +11,9 @@ def at_least(name: str, value: int, minimum: int) -> None:
         raise ConfigError(f"{name} must be at least {minimum}, not {value}")
 
 
-def within_unit(name: str, value: float) -> None:
-    """Raises `ConfigError` where `value` is not in [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{name} must be in [0, 1], not {value}")
+def check_thresholds(score: float | None, nms: float | None) -> None:
+    """Raises `ConfigError` where the score is not in [0, 1] or the IoU not in (0, 1]; ``None`` stands for a default."""
+    if score is not None and not 0 <= score <= 1:
+        raise ConfigError(f"score_threshold must be in [0, 1], not {score}")
+    if nms is not None and not 0 < nms <= 1:
+        raise ConfigError(f"nms_threshold must be in (0, 1], not {nms}")

@@ -30,4 +30,11 @@ def divided(boxes: Tensor, scale: tuple[float, float]) -> Tensor:
 
     They are multiplied by its inverse, as MMDetection's ``scale_boxes`` does: the last bit counts.
     """
-    return boxes * boxes.new_tensor([1 / side for side in scale]).repeat(2)
+    return boxes * of_corners(boxes, 1 / scale[0], 1 / scale[1])
+
+
+def of_corners(like: Tensor, x: float, y: float) -> Tensor:
+    """``(x, y, x, y)`` in the type of `like` and on its device, filled there: a copy would wait for the GPU."""
+    corners = like.new_full((4,), x)
+    corners[1::2] = y
+    return corners

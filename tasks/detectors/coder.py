@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torchvision.models.detection._utils import BoxCoder
@@ -18,9 +20,6 @@ class SymmetricBoxCoder(BoxCoder):  # type: ignore[misc]
     Source: MMDetection 3.3 ``mmdet/models/task_modules/coders/delta_xywh_bbox_coder.py``.
     """
 
-    def _deviations(self, like: Tensor) -> Tensor:
-        return torch.tensor([1 / weight for weight in self.weights], dtype=like.dtype, device=like.device)
-
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
         """Offsets that lead from anchors to boxes.
 
@@ -34,7 +33,7 @@ class SymmetricBoxCoder(BoxCoder):  # type: ignore[misc]
         centres, sides = _centres_and_sides(proposals)
         wanted_centres, wanted_sides = _centres_and_sides(reference_boxes)
         offsets = torch.cat([(wanted_centres - centres) / sides, (wanted_sides / sides).log()], dim=-1)
-        return offsets / self._deviations(offsets)
+        return offsets / _deviations(self.weights, offsets.dtype, offsets.device)
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Boxes that offsets stand for.
@@ -46,12 +45,18 @@ class SymmetricBoxCoder(BoxCoder):  # type: ignore[misc]
         Returns:
             Boxes ``(N, 4)``, xyxy.
         """
-        offsets = rel_codes * self._deviations(rel_codes)
+        offsets = rel_codes * _deviations(self.weights, rel_codes.dtype, rel_codes.device)
         shift, growth = offsets[..., :2], offsets[..., 2:].clamp(-self.bbox_xform_clip, self.bbox_xform_clip)
         centres, sides = _centres_and_sides(boxes)
         centres = centres + sides * shift
         half = sides * growth.exp() * 0.5
         return torch.cat([centres - half, centres + half], dim=-1)
+
+
+@lru_cache(maxsize=64)  # every copy to a GPU would wait for all that it has to do
+def _deviations(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(mode=False):  # validation may fill the cache that training reads
+        return torch.tensor([1 / weight for weight in weights], dtype=dtype, device=device)
 
 
 def _centres_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:

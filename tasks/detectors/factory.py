@@ -109,7 +109,7 @@ def _retinanet(backbone: Backbone, num_classes: int, settings: DetectorSettings)
     return RetinaNet(
         FeaturePyramid(backbone, ("p3", "p4", "p5", "p6", "p7"), settings.pyramid_channels),
         num_classes,
-        num_convs=settings.head_convs,
+        head_convs=settings.head_convs,
         score_threshold=score,
         nms_threshold=overlap,
         detections_per_image=most,
@@ -145,7 +145,7 @@ def _mask_rcnn(backbone: Backbone, num_classes: int, settings: DetectorSettings)
         _r_cnn_pyramid(backbone, settings),
         num_classes,
         head_channels=settings.head_channels,
-        mask_convs=settings.head_convs,
+        head_convs=settings.head_convs,
         roi_samples=settings.roi_samples,
         score_threshold=score,
         nms_threshold=overlap,

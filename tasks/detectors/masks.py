@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_masks
 from torch import Tensor
-from torchvision.ops import roi_align
+from torchvision.ops import clip_boxes_to_image, roi_align
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,8 +45,7 @@ def mask_targets(
     targets = torch.zeros(len(boxes), side, side, device=boxes.device)
     if len(boxes) == 0:
         return targets
-    limits = boxes.new_tensor([padded[1], padded[0]]).repeat(2)
-    boxes = boxes.clamp(min=0).minimum(limits)
+    boxes = clip_boxes_to_image(boxes, padded)
     present, owner = torch.unique(objects, return_inverse=True)
     windows = _windows(boxes, owner, len(present), padded)
     rows, columns = (_nearest(new, old, boxes.device) for new, old in zip(size, masks.shape[1:], strict=True))
@@ -75,8 +74,7 @@ def _windows(boxes: Tensor, owner: Tensor, count: int, padded: tuple[int, int]) 
     index = owner[:, None].expand(-1, 2)
     low = boxes.new_full((count, 2), float("inf")).scatter_reduce(0, index, boxes[:, :2], "amin").floor() - margin
     high = boxes.new_zeros(count, 2).scatter_reduce(0, index, boxes[:, 2:], "amax").ceil() + margin
-    limits = high.new_tensor([padded[1], padded[0]])
-    windows: list[list[int]] = torch.cat([low.clamp(min=0), high.minimum(limits)], dim=1).long().tolist()
+    windows: list[list[int]] = clip_boxes_to_image(torch.cat([low, high], dim=1), padded).long().tolist()
     return windows
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
 from effvit.errors import ConfigError
-from effvit.tasks.detectors._checks import at_least, within_unit
+from effvit.tasks.detectors._checks import at_least, check_thresholds
 from effvit.tasks.detectors._contract import Detector
-from effvit.tasks.detectors._scales import scales_of
+from effvit.tasks.detectors._scales import of_corners, scales_of
 from effvit.tasks.detectors.masks import mask_targets, paste
 from effvit.tasks.detectors.roi_heads import Objects, RoIHeads, Samples
 from effvit.tasks.detectors.rpn import RegionProposalNetwork
@@ -70,8 +70,7 @@ class FasterRCNN(Detector):
         at_least("head_channels", head_channels, 1)
         at_least("roi_samples", roi_samples, 1)
         at_least("detections_per_image", detections_per_image, 1)
-        within_unit("score_threshold", score_threshold)
-        within_unit("nms_threshold", nms_threshold)
+        check_thresholds(score_threshold, nms_threshold)
         self.num_classes = num_classes
         self.class_parameters: tuple[str, ...] = ("roi_heads.box_predictor.",)
         self.pyramid = pyramid
@@ -170,7 +169,7 @@ class MaskRCNN(FasterRCNN):
         pyramid: Backbone and pyramid, images to one map a level. Proposals come from all levels, features of regions
             from those up to stride 32.
         num_classes: Number of object classes.
-        mask_convs: Stacked 3x3 convolutions of the mask head, as wide as the pyramid.
+        head_convs: Stacked 3x3 convolutions of the mask head, as wide as the pyramid.
         head_channels: Hidden units of the two layers of the box head.
         roi_samples: Regions of each image that the heads learn from in a step.
         score_threshold: Detections need a score above this one.
@@ -190,7 +189,7 @@ class MaskRCNN(FasterRCNN):
         pyramid: FeaturePyramid,
         num_classes: int,
         *,
-        mask_convs: int = 4,
+        head_convs: int = 4,
         head_channels: int = 1024,
         roi_samples: int = 512,
         score_threshold: float = 0.05,
@@ -208,10 +207,10 @@ class MaskRCNN(FasterRCNN):
             detections_per_image=detections_per_image,
             pad_divisor=pad_divisor,
         )
-        at_least("mask_convs", mask_convs, 0)
+        at_least("head_convs", head_convs, 0)
         self.class_parameters = (*self.class_parameters, "roi_heads.mask_predictor.mask_fcn_logits.")
         channels = pyramid.out_channels
-        self.roi_heads.mask_head = MaskRCNNHeads(channels, (channels,) * mask_convs, dilation=1)
+        self.roi_heads.mask_head = MaskRCNNHeads(channels, (channels,) * head_convs, dilation=1)
         self.roi_heads.mask_predictor = predictor = MaskRCNNPredictor(channels, channels, num_classes)
         for layer in (predictor.conv5_mask, predictor.mask_fcn_logits):
             nn.init.zeros_(layer.bias)
@@ -276,7 +275,7 @@ class MaskRCNN(FasterRCNN):
         masks = torch.split(probabilities, [len(own) for own in boxes])
         scales = scales_of(sizes, original_sizes)
         for own, mask, scale, size in zip(detections, masks, scales, original_sizes or sizes, strict=True):
-            own["boxes"] = own["boxes"] / own["boxes"].new_tensor(scale).repeat(2)  # not `divided`: the last bit
+            own["boxes"] = own["boxes"] / of_corners(own["boxes"], *scale)  # not `divided`: the last bit
             own["rles"] = paste(mask, own["boxes"], size)
         return detections
 

@@ -9,6 +9,7 @@ beyond an image's own padding are left out, and losses are divided by the positi
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import Conv2dNormActivation, clip_boxes_to_image
 
-from effvit.tasks.detectors._checks import at_least, within_unit
+from effvit.tasks.detectors._checks import at_least, check_thresholds
 from effvit.tasks.detectors._contract import Detector
 from effvit.tasks.detectors._scales import divided, scales_of
 from effvit.tasks.detectors._suppression import suppress
@@ -38,7 +39,7 @@ class RetinaNet(Detector):
     Args:
         pyramid: Backbone and pyramid, images to one map a level.
         num_classes: Number of object classes; the background has no output.
-        num_convs: Stacked 3x3 convolutions in each of the two branches of the head.
+        head_convs: Stacked 3x3 convolutions in each of the two branches of the head.
         score_threshold: Detections need a score above this one.
         nms_threshold: IoU above which the weaker of two boxes of one class is dropped.
         candidates_per_level: Best candidates that each level may put forward before suppression.
@@ -54,7 +55,7 @@ class RetinaNet(Detector):
         pyramid: FeaturePyramid,
         num_classes: int,
         *,
-        num_convs: int = 4,
+        head_convs: int = 4,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         candidates_per_level: int = 1000,
@@ -63,14 +64,15 @@ class RetinaNet(Detector):
     ) -> None:
         super().__init__()
         at_least("num_classes", num_classes, 1)
-        at_least("num_convs", num_convs, 0)
+        at_least("head_convs", head_convs, 0)
         at_least("candidates_per_level", candidates_per_level, 1)
         at_least("detections_per_image", detections_per_image, 1)
-        within_unit("score_threshold", score_threshold)
-        within_unit("nms_threshold", nms_threshold)
+        check_thresholds(score_threshold, nms_threshold)
         self.pyramid = pyramid
         self.anchors = Anchors(pyramid.strides)
-        self.head = _make_head(pyramid.out_channels, self.anchors.num_anchors_per_location()[0], num_classes, num_convs)
+        self.head = _make_head(
+            pyramid.out_channels, self.anchors.num_anchors_per_location()[0], num_classes, head_convs
+        )
         self.coder = SymmetricBoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
         self.num_classes = num_classes
         self.class_parameters = ("head.classification_head.cls_logits.",)
@@ -126,7 +128,8 @@ class RetinaNet(Detector):
             )
             positives = (matched >= 0).sum(dim=1).clamp(min=1).sum()
             image_index, anchor_index = torch.nonzero(matched >= 0, as_tuple=True)
-            first_object = torch.tensor([0, *map(len, boxes[:-1])], device=images.device).cumsum(0)
+            counts = itertools.accumulate(map(len, boxes[:-1]), initial=0)  # filled in there: a copy waits for the GPU
+            first_object = torch.cat([matched.new_full((1,), count) for count in counts])
             objects = matched[image_index, anchor_index] + first_object[image_index]
             wanted = self.coder.encode_single(torch.cat(boxes)[objects], anchors[anchor_index])
             return {
@@ -227,12 +230,12 @@ def _focal_loss(logits: Tensor, matched: Tensor, positive_labels: Tensor) -> Ten
     return 0.75 * counted.sum() - (0.75 - 0.25) * loss[present].sum()
 
 
-def _make_head(channels: int, num_anchors: int, num_classes: int, num_convs: int) -> RetinaNetHead:
+def _make_head(channels: int, num_anchors: int, num_classes: int, head_convs: int) -> RetinaNetHead:
     """The head of torchvision, under its names, with any number of convolutions."""
     head = RetinaNetHead(channels, num_anchors, num_classes)
     for branch in (head.classification_head, head.regression_head):
         branch.conv = nn.Sequential(
-            *(Conv2dNormActivation(channels, channels, norm_layer=None) for _ in range(num_convs))
+            *(Conv2dNormActivation(channels, channels, norm_layer=None) for _ in range(head_convs))
         )
         branch.conv.apply(partial(_init_normal, std=0.01))
     return head

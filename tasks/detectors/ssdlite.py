@@ -19,8 +19,9 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from effvit.backbones import Backbone, freeze_unread
 from effvit.errors import ConfigError
-from effvit.tasks.detectors._checks import at_least, within_unit
+from effvit.tasks.detectors._checks import at_least, check_thresholds
 from effvit.tasks.detectors._contract import Detector
+from effvit.tasks.detectors._scales import of_corners
 from effvit.tasks.detectors.assigner import assign
 from effvit.tasks.detectors.default_boxes import DefaultBoxes
 from effvit.tasks.detectors.ssd_head import SSDHead, make_coarser, make_global
@@ -78,8 +79,7 @@ class SSDLite(Detector):
         at_least("num_classes", num_classes, 1)
         at_least("candidates", candidates, 1)
         at_least("detections_per_image", detections_per_image, 1)
-        within_unit("score_threshold", score_threshold)
-        within_unit("nms_threshold", nms_threshold)
+        check_thresholds(score_threshold, nms_threshold)
         own = {spec.stride: spec for spec in backbone.feature_maps if spec.stride in _WIDTHS}
         if min(_WIDTHS) not in own:
             strides = ", ".join(str(spec.stride) for spec in backbone.feature_maps)
@@ -223,7 +223,7 @@ class SSDLite(Detector):
         best, places = best[labels, ranks], places[labels, ranks]
         boxes = self.coder.decode_single(codes[places], anchors[places])
         keep = batched_nms(boxes, best, labels, self.nms_threshold)[: self.detections_per_image]
-        scale = boxes.new_tensor([original[1] / size[1], original[0] / size[0]] * 2)
+        scale = of_corners(boxes, original[1] / size[1], original[0] / size[0])
         return {
             "boxes": clip_boxes_to_image(boxes[keep] * scale, original),
             "scores": best[keep],

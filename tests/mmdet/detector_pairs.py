@@ -76,7 +76,7 @@ def make_pair(kind: str, num_classes: int, seed: int = 0, **test_options: float)
     torch.manual_seed(seed)
     pyramid = ConvPyramid(_KINDS[kind][1])
     if kind == "retinanet":
-        ours: nn.Module = RetinaNet(pyramid, num_classes, num_convs=2, **test_options)
+        ours: nn.Module = RetinaNet(pyramid, num_classes, head_convs=2, **test_options)
     else:
         make = MaskRCNN if kind == "mask_rcnn" else FasterRCNN
         ours = make(pyramid, num_classes, head_channels=HEAD_CHANNELS, **test_options)

@@ -150,7 +150,8 @@ def test_start_of_training_follows_the_recipe():
         ("roi_samples", 0),
         ("detections_per_image", 0),
         ("score_threshold", 1.5),
-        ("mask_convs", -1),
+        ("head_convs", -1),
+        ("nms_threshold", 0),
     ],
 )
 def test_values_out_of_range_are_named(option, value):

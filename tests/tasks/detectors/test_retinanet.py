@@ -31,7 +31,7 @@ class SmallPyramid(nn.Module):
 def make_detector(num_classes=3, strides=(16, 32), spread=1.0, **options):
     """A detector whose random logits are spread enough for every branch of the post-processing."""
     torch.manual_seed(0)
-    detector = RetinaNet(SmallPyramid(strides), num_classes, **{"num_convs": 1, **options})
+    detector = RetinaNet(SmallPyramid(strides), num_classes, **{"head_convs": 1, **options})
     with torch.no_grad():
         for name, parameter in detector.head.named_parameters():
             if name.endswith("weight"):
@@ -287,12 +287,12 @@ def test_start_of_training_follows_the_recipe():
             assert not parameter.any()
 
 
-@pytest.mark.parametrize("num_convs", [0, 1, 4, 5])
-def test_number_of_stacked_convolutions(num_convs):
-    detector = RetinaNet(SmallPyramid(), 2, num_convs=num_convs)
+@pytest.mark.parametrize("head_convs", [0, 1, 4, 5])
+def test_number_of_stacked_convolutions(head_convs):
+    detector = RetinaNet(SmallPyramid(), 2, head_convs=head_convs)
     names = set(detector.head.state_dict())
     for branch, last in (("classification_head", "cls_logits"), ("regression_head", "bbox_reg")):
-        stacked = {f"{branch}.conv.{i}.0.{kind}" for i in range(num_convs) for kind in ("weight", "bias")}
+        stacked = {f"{branch}.conv.{i}.0.{kind}" for i in range(head_convs) for kind in ("weight", "bias")}
         own = {name for name in names if name.startswith(branch)}
         assert own == stacked | {f"{branch}.{last}.weight", f"{branch}.{last}.bias"}
     detector.loss(torch.randn(1, 3, 64, 96), [(64, 96)], [target([[1, 2, 30, 40]], [1])])
@@ -301,7 +301,7 @@ def test_number_of_stacked_convolutions(num_convs):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("num_convs", -1),
+        ("head_convs", -1),
         ("candidates_per_level", 0),
         ("detections_per_image", 0),
         ("score_threshold", 1.5),
@@ -335,7 +335,7 @@ def test_on_efficientvit_with_five_levels():
 def test_learns_one_image():
     """A few steps on one image find both of its objects with the right classes."""
     torch.manual_seed(0)
-    detector = RetinaNet(SmallPyramid(channels=32), 2, num_convs=1)
+    detector = RetinaNet(SmallPyramid(channels=32), 2, head_convs=1)
     images = torch.randn(1, 3, 128, 128)
     wanted = target([[10, 14, 70, 80], [64, 60, 120, 126]], [0, 1])
     optimizer = torch.optim.AdamW(detector.parameters(), lr=3e-3)
