@@ -76,18 +76,23 @@ def save(model, path):
     save_checkpoint(content, str(path))
 
 
+SLOW = [
+    ("retinanet", "mobilevit_xxs", {}),
+    ("retinanet", "dynamicvit_tiny", {}),
+    ("retinanet", None, {}),
+    ("faster_rcnn", "efficientvit_m0", {}),
+    ("mask_rcnn", None, {}),
+    ("mask_rcnn", "mobilevitv2_050", {}),
+    ("mask_rcnn", "dynamicvit_tiny", {}),
+]
+
+
 @pytest.mark.parametrize(
     ("kind", "backbone", "options"),
     [
         ("retinanet", "efficientvit_m0", {}),
-        pytest.param("retinanet", "mobilevit_xxs", {}, marks=pytest.mark.slow),
-        ("retinanet", "dynamicvit_tiny", {}),
-        ("retinanet", None, {}),
-        ("faster_rcnn", "efficientvit_m0", {}),
-        ("mask_rcnn", None, {}),
-        pytest.param("mask_rcnn", "mobilevitv2_050", {}, marks=pytest.mark.slow),
         ("mask_rcnn", "efficientformerv2_s0", {"official_grid": 5}),
-        pytest.param("mask_rcnn", "dynamicvit_tiny", {}, marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
     ],
 )
 def test_maps_and_detections_are_equal(kind, backbone, options, tmp_path):
@@ -117,6 +122,7 @@ def test_maps_and_detections_are_equal(kind, backbone, options, tmp_path):
         assert own.get("rles") == other.get("rles")
 
 
+@pytest.mark.slow
 def test_a_cascade_is_none_of_ours(tmp_path):
     path = tmp_path / "config.py"
     path.write_text(f"_base_ = {str(BASE / 'cascade-rcnn_r50_fpn.py')!r}\nmodel = dict(backbone=dict(init_cfg=None))\n")

@@ -21,6 +21,8 @@ BATCHES = {
     "nothing": ([(64, 90), (96, 64)], [0, 0], [(64, 90), (33, 22)]),
     "crowded": ([(128, 160)], [300], [(61, 80)]),
 }
+#: Images of different sizes and objects of all sizes say most.
+FAST_OR_SLOW = [name if name == "unequal" else pytest.param(name, marks=pytest.mark.slow) for name in BATCHES]
 
 
 @pytest.fixture(scope="module", params=["faster_rcnn", "mask_rcnn"])
@@ -28,7 +30,7 @@ def pair(request):
     return (request.param, *pairs.make_pair(request.param, CLASSES))
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", FAST_OR_SLOW)
 def test_losses_and_gradients_are_equal(pair, batch):
     kind, ours, theirs = pair
     sizes, counts, originals = BATCHES[batch]
@@ -46,7 +48,7 @@ def test_losses_and_gradients_are_equal(pair, batch):
         assert min(found.values()) > 0
 
 
-@pytest.mark.parametrize(("batch", "rescale"), [("one", False), ("unequal", True)])
+@pytest.mark.parametrize(("batch", "rescale"), [pytest.param("one", False, marks=pytest.mark.slow), ("unequal", True)])
 def test_detections_are_equal_to_the_last_bit(pair, batch, rescale):
     kind, ours, theirs = pair
     sizes, counts, originals = BATCHES[batch]
@@ -65,6 +67,7 @@ def test_detections_are_equal_to_the_last_bit(pair, batch, rescale):
             assert len({rle["counts"] for rle in own["rles"]}) > 10
 
 
+@pytest.mark.slow
 def test_thresholds_and_limits_are_the_same():
     options = {"score_threshold": 0.3, "nms_threshold": 0.2, "detections_per_image": 9}
     ours, theirs = pairs.make_pair("mask_rcnn", CLASSES, seed=1, **options)
@@ -91,6 +94,7 @@ def test_all_real_images_and_coco_numbers(real_data, tmp_path, kind):
     pairs.check_real(kind, real_data, 50, 320, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_losses_on_real_images_and_masks(real_data):
     ours, theirs = pairs.make_pair("mask_rcnn", 1)

@@ -20,6 +20,8 @@ BATCHES = {
     "nothing": ([(64, 90), (96, 64)], [0, 0], [(64, 90), (33, 22)]),
     "crowded": ([(128, 160)], [300], [(61, 80)]),
 }
+#: Images of different sizes and objects of all sizes say most.
+FAST_OR_SLOW = [name if name == "unequal" else pytest.param(name, marks=pytest.mark.slow) for name in BATCHES]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def pair():
     return pairs.make_pair("retinanet", CLASSES)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", FAST_OR_SLOW)
 def test_losses_and_gradients_are_equal(pair, batch):
     ours, theirs = pair
     sizes, counts, originals = BATCHES[batch]
@@ -40,7 +42,7 @@ def test_losses_and_gradients_are_equal(pair, batch):
     pairs.assert_same_gradients(gradients, expected_gradients)
 
 
-@pytest.mark.parametrize(("batch", "rescale"), [("one", False), ("unequal", True)])
+@pytest.mark.parametrize(("batch", "rescale"), [pytest.param("one", False, marks=pytest.mark.slow), ("unequal", True)])
 def test_detections_are_equal_to_the_last_bit(pair, batch, rescale):
     ours, theirs = pair
     sizes, counts, originals = BATCHES[batch]

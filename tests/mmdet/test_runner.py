@@ -57,6 +57,7 @@ work_dir = "{root}/work"
 """
 
 
+@pytest.mark.slow
 def test_the_runner_trains_and_validates(coco_root):
     path = coco_root / "my_retinanet.py"
     path.write_text(CONFIG.format(shipped=SHIPPED, root=coco_root))
