@@ -318,8 +318,12 @@ def official_neck(state, maps, strides):
     return finer + outputs
 
 
+QUICK = ("retinanet_efficientvit_m4", "mask_rcnn_efficientformerv2_s0")
+
+
 @pytest.mark.parametrize(
-    "published", [pytest.param(name, marks=pytest.mark.slow if name.endswith("s2") else ()) for name in PUBLISHED]
+    "published",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PUBLISHED],
 )
 def test_published_files_load_whole(published, tmp_path):
     kind, _, backbone = published.partition("_efficient")
@@ -434,6 +438,15 @@ def test_a_file_of_a_detector_that_we_have_not_is_refused(old, new, message, det
 def test_another_number_of_classes_is_refused(kind, detectors):
     with pytest.raises(CheckpointError, match=r"trained on 80 classes and this detector is for 3"):
         load_mmdet(detectors[kind], small_file(kind, classes=80)["state_dict"], "x.pth")
+
+
+def test_the_number_of_classes_is_told_of_a_head_with_other_anchors(detectors):
+    state = small_file(classes=80)["state_dict"]
+    for name, outputs in (("retina_cls", 80), ("retina_reg", 4)):
+        state[f"bbox_head.{name}.weight"] = torch.zeros(3 * outputs, 8, 3, 3)
+        state[f"bbox_head.{name}.bias"] = torch.zeros(3 * outputs)
+    with pytest.raises(CheckpointError, match=r"trained on 80 classes and this detector is for 3"):
+        load_mmdet(detectors["retinanet"], state, "x.pth")
 
 
 def test_another_backbone_is_refused_and_named(monkeypatch):

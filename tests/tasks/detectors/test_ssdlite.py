@@ -75,8 +75,8 @@ def images_for(number, size=SIZE):
     ("name", "parameters"),
     [
         ("mobilevit_xxs", 1_755_050),
-        ("mobilevit_xs", 2_742_042),
-        ("mobilevit_s", 5_738_826),
+        pytest.param("mobilevit_xs", 2_742_042, marks=pytest.mark.slow),
+        pytest.param("mobilevit_s", 5_738_826, marks=pytest.mark.slow),
         ("mobilevitv2_100", 5.6e6),
         *(
             pytest.param(f"mobilevitv2_{width:03}", parameters, marks=pytest.mark.slow)
@@ -129,6 +129,7 @@ def test_a_backbone_without_stride_16_is_refused():
         {"candidates": 0},
         {"detections_per_image": 0},
         {"score_threshold": -0.1},
+        {"nms_threshold": 0},
         {"nms_threshold": 2},
     ],
 )
