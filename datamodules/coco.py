@@ -126,8 +126,8 @@ class CocoDetection(DataModule):
         if masks and augmentation == "ssd":
             raise ConfigError(
                 "augmentation 'ssd' crops images, which masks of the original size cannot follow, and masks are on "
-                "because the detector learns them. Pass `--data.augmentation flip`, or choose a detector of boxes, such "
-                "as `--model.detector ssdlite`"
+                "because the detector learns them. Pass `--data.augmentation flip`, or choose a detector of boxes, "
+                "such as `--model.detector ssdlite`"
             )
         self.image_size = image_size
         self.resize = resize

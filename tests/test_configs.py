@@ -16,28 +16,25 @@ from effvit._cli.shipped import merged_config, shipped_configs, summary, with_ba
 CONFIGS = shipped_configs()
 
 
-#: Those that stand for their family and for their detector in each run of the tests; the rest differs in name and size
-#: only, and tests/test_recipes.py and tests/test_coco_recipes.py check the figures of all.
+#: One for each detector and for each family of classifiers; the rest differs in name and size, or is trained by other
+#: tests, and tests/test_recipes.py and tests/test_coco_recipes.py check the figures of all.
 QUICK = {
     "classification/efficientvit_m0",
-    "classification/efficientvit_m5_cifar10",
     "classification/efficientformer_l1",
     "classification/mobilevit_xxs",
-    "classification/dynamicvit_small",
+    "classification/digits_dynamicvit",
+    "detection/retinanet_1x",
+    "detection/faster_rcnn_1x",
     "detection/coco/mask_rcnn_efficientformerv2_s0",
     "detection/coco/ssdlite_mobilevitv2_050",
+    "detection/mmdet",
 }
-RECIPES = (
-    *(f"classification/{family}" for family in ("efficientvit", "efficientformer", "mobilevit", "dynamicvit")),
-    "detection/coco/",
-    "detection/faster_rcnn_1x",
-)
 
 
 def configs():
+    assert set(CONFIGS) >= QUICK
     for name in sorted(CONFIGS):
-        rare = name.startswith(RECIPES) and name not in QUICK
-        yield pytest.param(name, marks=[pytest.mark.slow] if rare else [])
+        yield pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
 
 
 @pytest.fixture

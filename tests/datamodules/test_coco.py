@@ -99,7 +99,7 @@ corner = st.tuples(st.floats(-20, 120), st.floats(-20, 90))
 
 
 @given(st.lists(st.lists(corner, min_size=3, max_size=8), min_size=1, max_size=3))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_painted_polygons_have_pycocotools_pixels(polygons):
     segmentation = [[value for point in polygon for value in point] for polygon in polygons]
     painted = np.zeros((64, 96), dtype=np.uint8)
@@ -161,12 +161,17 @@ def big_and_small(root, make_coco, save_coco, number):
 
 def test_annotations_are_shared_with_workers_not_copied(tmp_path, make_coco, save_coco):
     few = big_and_small(tmp_path / "few", make_coco, save_coco, 2)
-    many = big_and_small(tmp_path / "many", make_coco, save_coco, 2000)
+    many = big_and_small(tmp_path / "many", make_coco, save_coco, 500)
     columns = [value for value in vars(many.table).values() if isinstance(value, torch.Tensor)]
     assert len(columns) == 7
     assert all(column.is_shared() for column in [*columns, *many.table._segments])
     # What a spawned worker receives does not grow with the data set, and is enough to load from.
     assert pickled_size(many) < pickled_size(few) + 200 < 10_000
+
+
+@pytest.mark.slow  # a new interpreter imports torch and Lightning
+def test_a_spawned_worker_loads_from_what_is_shared(tmp_path, make_coco, save_coco):
+    many = big_and_small(tmp_path, make_coco, save_coco, 200)
     loader = DataLoader(many, sampler=[1], num_workers=1, multiprocessing_context="spawn", collate_fn=list)
     ((image, target),) = next(iter(loader))
     assert image.shape == (3, 128, 192)

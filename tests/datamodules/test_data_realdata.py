@@ -21,7 +21,7 @@ def coco_tiny(real_data):
 
 
 def test_coco_pixels_boxes_and_masks_are_those_of_opencv_and_pycocotools(coco_tiny):
-    data = CocoDetection(str(coco_tiny), num_workers=0, masks=True)
+    data = CocoDetection(str(coco_tiny), num_workers=0, masks=True, image_size=(667, 400))
     data.setup("validate")
     reference = COCO(str(coco_tiny / "annotations" / "instances_val2017.json"))
     assert len(data.categories) == data.num_classes == 80

@@ -80,8 +80,10 @@ def whole(coco_root: Path, tmp_path: Path) -> list[Any]:
     return train(coco_root, tmp_path / "whole", workers=0)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", [2, 7])
+@pytest.mark.parametrize(
+    ("step", "workers"),
+    [(2, 0), (7, 2), pytest.param(2, 2, marks=pytest.mark.slow), pytest.param(7, 0, marks=pytest.mark.slow)],
+)
 def test_resumed_within_epoch(coco_root, tmp_path, whole, workers, step):
     assert len(whole) == 15  # 10 images with objects in batches of 2, three times
     train(coco_root, tmp_path / "stopped", workers, stop_at=step)
