@@ -316,11 +316,11 @@ def test_a_wrong_neck_is_explained_with_any_backbone(backbone, tmp_path):
     [
         ("retinanet_r50_fpn_1x_coco", False),
         ("mask-rcnn_r50_fpn_1x_coco", True),
-        ("cascade-mask-rcnn_r50_fpn_1x_coco", True),
-        ("detr_r50_8xb2-150e_coco", False),
-        ("yolox_tiny_8xb8-300e_coco", False),
+        pytest.param("cascade-mask-rcnn_r50_fpn_1x_coco", True, marks=pytest.mark.slow),
+        pytest.param("detr_r50_8xb2-150e_coco", False, marks=pytest.mark.slow),
+        pytest.param("yolox_tiny_8xb8-300e_coco", False, marks=pytest.mark.slow),
         ("solov2_r50_fpn_1x_coco", True),
-        ("mask2former_r50_8xb2-lsj-50e_coco", True),
+        pytest.param("mask2former_r50_8xb2-lsj-50e_coco", True, marks=pytest.mark.slow),
     ],
 )
 def test_masks_are_foreseen_without_building(name, masks, monkeypatch):
@@ -401,8 +401,20 @@ def swapped(config, backbone, options=None):
         ),
         # RetinaNet's FPN leaves stride 4 out.
         ("retinanet_r50_fpn_1x_coco", "mobilevit_xxs", "c3 c4 c5", {"type": "FPN", "start_level": 0}),
-        ("faster-rcnn_r50_pafpn_1x_coco", "efficientformerv2_s0", "c2 c3 c4 c5", {"type": "PAFPN"}),
-        ("yolox_s_8xb8-300e_coco", "mobilevit_xxs", "c3 c4 c5", {"type": "YOLOXPAFPN", "out_channels": 128}),
+        pytest.param(
+            "faster-rcnn_r50_pafpn_1x_coco",
+            "efficientformerv2_s0",
+            "c2 c3 c4 c5",
+            {"type": "PAFPN"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "yolox_s_8xb8-300e_coco",
+            "mobilevit_xxs",
+            "c3 c4 c5",
+            {"type": "YOLOXPAFPN", "out_channels": 128},
+            marks=pytest.mark.slow,
+        ),
         # It starts at stride 16: our pyramid, with the levels that the heads know.
         (
             "retinanet_r50_fpn_1x_coco",
@@ -416,20 +428,28 @@ def swapped(config, backbone, options=None):
             "c4",
             {"type": "effvit.FeaturePyramid", "levels": ["p2", "p3", "p4", "p5", "p6"], "extra": "pool"},
         ),
-        (
+        pytest.param(
             "fcos_r50-caffe_fpn_gn-head_1x_coco",
             "dynamicvit_tiny",
             "c4",
             {"type": "effvit.FeaturePyramid", "extra": "on_output", "relu": True, "out_channels": 256},
+            marks=pytest.mark.slow,
         ),
         # Transformers take the coarsest maps that there are.
-        ("detr_r50_8xb2-150e_coco", "dynamicvit_tiny", "c4", {"type": "ChannelMapper", "num_outs": 1}),
+        pytest.param(
+            "detr_r50_8xb2-150e_coco",
+            "dynamicvit_tiny",
+            "c4",
+            {"type": "ChannelMapper", "num_outs": 1},
+            marks=pytest.mark.slow,
+        ),
         ("deformable-detr_r50_16xb2-50e_coco", "efficientvit_m0", "c4 c5 c6", {"type": "ChannelMapper", "num_outs": 4}),
-        (
+        pytest.param(
             "dino-4scale_r50_8xb2-12e_coco",
             "dynamicvit_tiny",
             "c4",
             {"type": "effvit.FeaturePyramid", "levels": ["p3", "p4", "p5", "p6"], "extra": "on_input"},
+            marks=pytest.mark.slow,
         ),
         ("yolof_r50-c5_8xb8-1x_coco", "mobilevit_xxs", "c5", {"type": "DilatedEncoder", "in_channels": 80}),
     ],
@@ -572,7 +592,10 @@ def test_registered_backbone():
 
 
 @pytest.mark.parametrize("extra", ["on_input", "on_output", "pool"])
-@pytest.mark.parametrize("backbone", ["efficientvit_m0", "mobilevit_xxs", "dynamicvit_tiny"])
+@pytest.mark.parametrize(
+    "backbone",
+    ["mobilevit_xxs", *(pytest.param(b, marks=pytest.mark.slow) for b in ("efficientvit_m0", "dynamicvit_tiny"))],
+)
 def test_registered_pyramid(backbone, extra):
     maps = create_backbone(backbone)(torch.rand(1, 3, 128, 192))
     settings = {"backbone": backbone, "out_channels": 8, "extra": extra, "levels": ["p3", "p4", "p5", "p6", "p7"]}
