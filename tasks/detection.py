@@ -22,6 +22,7 @@ from effvit.tasks._task import (
     freeze_norm_statistics,
     normalise,
 )
+from effvit.tasks.detectors._checks import check_thresholds
 from effvit.tasks.detectors._contract import Detector
 from effvit.tasks.detectors._cvnets_checkpoint import is_cvnets, load_cvnets
 from effvit.tasks.detectors._mmdet_checkpoint import backbone_options_in, load_mmdet
@@ -130,7 +131,7 @@ class Detection(Task):
         super().__init__(categories, optimizer, lr_scheduler, warmup_steps=warmup_steps, warmup_factor=warmup_factor)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         _check_options(detector, mmdet_config, backbone)
-        _check_thresholds(score_threshold, nms_threshold)
+        check_thresholds(score_threshold, nms_threshold)
         self.norm_eval = norm_eval
         self.per_class_ap = per_class_ap
         settings = DetectorSettings(
@@ -340,13 +341,6 @@ def _check_options(detector: str, mmdet_config: str | None, backbone: str | None
         raise ConfigError(f"mmdet_config is for the detector mmdet, not for {detector}: --model.detector mmdet")
     if backbone is None:
         raise ConfigError(f"{detector} needs a backbone: pass --model.backbone; `effvit backbones` lists them")
-
-
-def _check_thresholds(score: float | None, overlap: float | None) -> None:
-    if score is not None and not 0 <= score <= 1:
-        raise ConfigError(f"score_threshold must be in [0, 1], not {score}")
-    if overlap is not None and not 0 < overlap <= 1:
-        raise ConfigError(f"nms_threshold must be in (0, 1], not {overlap}")
 
 
 def _on_cpu(detections: dict[str, Any]) -> dict[str, Any]:
