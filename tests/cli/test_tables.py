@@ -160,6 +160,18 @@ def test_the_published_network_counts_whoever_named_its_options(cli, uncounted, 
     assert ["another network: backbone_options are" in entry["reason"] for entry in left_out] == [True] * (not counts)
 
 
+def test_the_log_says_what_options_the_weights_told(monkeypatch, caplog):
+    """The line of a real detector is the one that is looked for."""
+    from effvit.tasks import detection
+
+    monkeypatch.setattr(detection, "read_published", lambda path: {})
+    monkeypatch.setattr(detection, "backbone_options_in", lambda state, name: {"dropout": 0.25})
+    monkeypatch.setattr(detection.Detection, "_load_published", lambda self, state, path: None)
+    with caplog.at_level("INFO", logger="effvit"):
+        detection.Detection("mobilevit_xxs", {1: "disc"}, detector="ssdlite", checkpoint="file.pth")
+    assert coco_runs._OPTIONS_READ.findall("\n".join(caplog.messages)) == ['{"dropout": 0.25}']
+
+
 def test_the_log_says_what_was_evaluated(coco_root, caplog):
     """The line of a real data module is the one that is looked for."""
     with caplog.at_level("INFO", logger="effvit"):
