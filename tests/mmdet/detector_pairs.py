@@ -265,12 +265,12 @@ def real_batches(real_data: Path, count: int, side: int) -> tuple[dict[str, Any]
     folder = real_data / "coco_tiny"
     truth = json.loads((folder / "annotations" / "instances_val2017.json").read_text())
     with_objects = {entry["image_id"] for entry in truth["annotations"]}
-    truth["images"] = [entry for entry in truth["images"] if entry["id"] in with_objects][:count]
+    truth["images"] = sorted(truth["images"], key=lambda entry: entry["id"] not in with_objects)[:count]
     kept = {entry["id"] for entry in truth["images"]}
     truth["annotations"] = [{**a, "category_id": 1} for a in truth["annotations"] if a["image_id"] in kept]
     truth["categories"] = [{"id": 1, "name": "thing"}]
     batches = []
-    for start in range(0, count, 2):
+    for start in range(0, len(truth["images"]), 2):
         entries = truth["images"][start : start + 2]
         originals = [(entry["height"], entry["width"]) for entry in entries]
         sizes = [tuple(int(length * side / max(size) + 0.5) for length in size) for size in originals]
