@@ -147,11 +147,17 @@ class Detection(Task):
         for name in unread_settings(detector, settings):
             _log.warning("the detector %s does not read %s", detector, name)
         published = read_published(checkpoint)
+        if published is not None and backbone is not None:
+            # As the network was of which these weights are; a checkpoint of this run is rebuilt without their file.
+            backbone_options = {**backbone_options_in(published, backbone), **(backbone_options or {})}
+            self.hparams["backbone_options"] = backbone_options
+            # `effvit tables coco` reads this line from the log of a run: its config.yaml lacks what the file tells.
+            _log.info("backbone options with those of the weights: %s", json.dumps(backbone_options, sort_keys=True))
         network = _Network(backbone, backbone_options, pretrained, gradient_checkpointing)
         if mmdet_config is not None:
             self.detector = self._mmdetector(mmdet_config, network, pad_divisor)
         else:
-            self.detector = self._built_in(detector, network, settings, published)
+            self.detector = self._built_in(detector, network, settings)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.detector.to(memory_format=self.memory_format)
         self._exempt = self._undecayed()
@@ -162,18 +168,10 @@ class Detection(Task):
         elif checkpoint is not None:
             self.start_from(checkpoint)
 
-    def _built_in(
-        self, name: str, network: _Network, settings: DetectorSettings, published: dict[str, Tensor] | None
-    ) -> Detector:
-        """A detector of ours, its backbone built as that of the weights which it is to get."""
+    def _built_in(self, name: str, network: _Network, settings: DetectorSettings) -> Detector:
+        """A detector of ours."""
         assert network.name is not None
-        options = network.options or {}
-        if published is not None:
-            options = {**backbone_options_in(published, network.name), **options}
-            self.hparams["backbone_options"] = options  # a checkpoint is rebuilt without the file
-            # `effvit tables coco` reads this line from the log of a run: its config.yaml lacks what the file tells.
-            _log.info("backbone options with those of the weights: %s", json.dumps(options, sort_keys=True))
-        backbone = create_backbone(network.name, pretrained=network.pretrained, **options)
+        backbone = create_backbone(network.name, pretrained=network.pretrained, **(network.options or {}))
         backbone.set_grad_checkpointing(network.checkpointing)
         self.mean, self.std = backbone.input_spec.mean, backbone.input_spec.std
         return make_detector(name, backbone, len(self.categories), settings)
@@ -192,7 +190,7 @@ class Detection(Task):
             gradient_checkpointing=network.checkpointing,
             pad_divisor=pad_divisor,
         )
-        self.hparams["mmdet_config"] = detector.config_text  # likewise
+        self.hparams["mmdet_config"] = detector.config_text  # a checkpoint is rebuilt without the user's file
         self.mean, self.std = detector.mean, detector.std
         return detector
 
