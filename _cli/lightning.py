@@ -165,9 +165,9 @@ class EffvitCLI(LightningCLI):
         """The Trainer with the run folder, the loggers and the callbacks of effvit."""
         self.run.claim_directory()
         _log_to(self.run.directory)
+        log.removeHandler(self._early)  # or it would take again what it gives, where a process writes no log of its own
         self._report_environment()
-        for record in self._early.buffer:
-            log.handle(record)
+        self._repeat_early()
         self.trainer_defaults["callbacks"] = [*self._callbacks(), *self.run.callbacks]
         chosen = self._get(self.config_init, "trainer")["logger"]
         logger = self._loggers() if chosen in (None, True) else chosen
@@ -252,6 +252,12 @@ class EffvitCLI(LightningCLI):
         if declared is not None and declared != stored:
             raise CheckpointError(_explain_classes(str(self.run.checkpoint_path), stored, declared))
         return dict(stored)
+
+    @rank_zero_only
+    def _repeat_early(self) -> None:
+        """Says what was said before there was a run folder."""
+        for record in self._early.buffer:
+            log.handle(record)
 
     @rank_zero_only
     def _report_environment(self) -> None:
