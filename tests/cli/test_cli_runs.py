@@ -301,3 +301,20 @@ def test_fit_runs_on_two_processes(cli, tmp_path):
     assert process.returncode == 0, said
     assert (tmp_path / "run" / "best.ckpt").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_process_that_writes_no_log_repeats_no_early_message(cli, tmp_path, monkeypatch):
+    """All but the first process of a distributed run: what is said before there is a run folder is said once."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from effvit._cli.launch import Run
+    from effvit._cli.lightning import EffvitCLI
+
+    class BuildOnly(EffvitCLI):
+        def _run_subcommand(self, subcommand):
+            assert len(self._early.buffer) >= 1  # what the detector does not read
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    words = ["--config", str(shipped_configs()["detection/digits"]), *cli.tiny, "--model.detector", "ssdlite"]
+    BuildOnly(Run("fit", words, tmp_path / "run", "default"))
+    assert not (tmp_path / "run" / "log.txt").exists()
