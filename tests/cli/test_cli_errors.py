@@ -146,7 +146,7 @@ def test_a_payload_is_refused_and_never_run(cli, tmp_path, verb, kind):
 def test_a_checkpoint_of_another_backbone_or_other_classes(cli, tiny_run, coco_root):
     done = cli.run("test", "--checkpoint", tiny_run, "--model.backbone", "efficientvit_m1")
     assert done.code == 1
-    assert "does not fit a detection network on 'efficientvit_m1'" in done.err
+    assert "is of a network with backbone 'efficientvit_m0', and this one has 'efficientvit_m1'" in done.err
     done = cli.run("test", "--checkpoint", tiny_run, "--data", "CocoDetection", "--data.root", coco_root)
     assert done.code == 1
     assert "10 classes" in done.err

@@ -161,7 +161,7 @@ def test_a_checkpoint_needs_none_of_the_files_it_started_from(cli, tiny_coco_run
 
 def test_prediction_prepares_images_as_validation_did(tiny_run):
     stored = torch.load(tiny_run / "best.ckpt", weights_only=True)
-    assert stored["effvit"]["inputs"] == {"image_size": (64, 64), "pad_divisor": 16}
+    assert stored["effvit"]["inputs"] == {"image_size": (64, 64), "pad_divisor": 16, "resize": "keep_ratio"}
     assert stored["hyper_parameters"]["pad_divisor"] == 16
 
 
