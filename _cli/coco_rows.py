@@ -6,6 +6,10 @@ One row for each published network, and one for every other variant of the famil
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from effvit._cli.shipped import merged_config, shipped_configs
 
 #: What the columns of `Published.box` and of `Published.mask` are.
 BOX_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -62,6 +66,12 @@ class CocoRow:
     def image_size(self) -> tuple[int, int]:
         """Height and width of the image at which its cost is counted, in pixels."""
         return IMAGE_SIZES[self.detector]
+
+
+@cache
+def config_of(row: CocoRow) -> dict[str, Any]:
+    """What the configuration of a row says, with those that it builds on; only to be read."""
+    return merged_config(shipped_configs()[row.config])
 
 
 _M4_FILES = "https://github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0"

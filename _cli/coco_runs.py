@@ -8,8 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from effvit._cli.coco_rows import BOX_COLUMNS, MASK_COLUMNS, CocoRow
-from effvit._cli.shipped import merged_config, shipped_configs
+from effvit._cli.coco_rows import BOX_COLUMNS, MASK_COLUMNS, CocoRow, config_of
 from effvit.errors import ConfigError, close_matches
 
 #: What the validation images of COCO 2017 are told by: their number, and that of the categories.
@@ -162,7 +161,7 @@ def _other_network(row: CocoRow, model: dict[str, Any], log: str) -> str:
             return f"another network: {name} is {model[name]}, published {published[name]}"
     read = _OPTIONS_READ.findall(log)
     own = _network_options(json.loads(read[-1]) if read else model.get("backbone_options"))
-    theirs = _network_options(_row_config(row)["model"]["init_args"].get("backbone_options"))
+    theirs = _network_options(config_of(row)["model"]["init_args"].get("backbone_options"))
     if own != theirs:
         return f"another network: backbone_options are {own or 'none'}, published {theirs or 'none'}"
     return ""
@@ -185,13 +184,9 @@ def _other_limits(row: CocoRow, model: dict[str, Any]) -> str:
     return ""
 
 
-def _row_config(row: CocoRow) -> dict[str, Any]:
-    return merged_config(shipped_configs()[row.config])
-
-
 def _other_data(row: CocoRow, data: dict[str, Any], trainer: dict[str, Any]) -> str:
     """What makes it another evaluation than the published one: other images, or a part of them only."""
-    published = _row_config(row)["data"]["init_args"]
+    published = config_of(row)["data"]["init_args"]
     for name in ("image_size", "resize"):
         if name in published and data.get(name) != published[name]:
             return f"other images: {name} is {data.get(name)}, published {published[name]}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from effvit._cli.coco_formats import Cost, Line, as_csv, as_json, markdown
-from effvit._cli.coco_rows import DETECTOR_TITLES, ROWS, CocoRow
+from effvit._cli.coco_rows import DETECTOR_TITLES, ROWS, CocoRow, config_of
 from effvit._cli.coco_runs import Measured, find_runs
 from effvit.errors import ConfigError, close_matches
 
@@ -128,12 +128,11 @@ def _count(row: CocoRow) -> Cost:
     """Builds the network of a row as its configuration does, without memory for its weights, and counts."""
     import torch
 
-    from effvit._cli.shipped import merged_config, shipped_configs
     from effvit.backbones import create_backbone, without_memory
     from effvit.deploy.flops import count_parts
     from effvit.tasks.detectors.factory import DetectorSettings, make_detector
 
-    model = merged_config(shipped_configs()[row.config])["model"]["init_args"]
+    model = config_of(row)["model"]["init_args"]
     with without_memory():
         backbone = create_backbone(row.backbone, **model.get("backbone_options", {}))
         detector = make_detector(row.detector, backbone, 80, DetectorSettings()).eval()

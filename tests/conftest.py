@@ -182,6 +182,28 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def metrics_on_one_and_on_two(run: Path, cwd: Path) -> list[dict[str, float]]:
+    """What validating a run on seven scenes gives in one process, and in two."""
+    metrics = []
+    two = ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp"]
+    for name, extra in (("one", []), ("two", two)):
+        process = start(
+            "validate",
+            "--checkpoint",
+            run / "last.ckpt",
+            "--run_dir",
+            cwd / name,
+            "--data.num_val",
+            "7",
+            *extra,
+            cwd=cwd,
+        )
+        said = process.communicate()[0]
+        assert process.returncode == 0, said
+        metrics.append(json.loads((cwd / name / "metrics.json").read_text()))
+    return metrics
+
+
 def losses(folder: Path) -> dict[int, float]:
     """Training loss at each step, from the CSV logs of a run and of its continuations, oldest first."""
     found: dict[int, float] = {}
@@ -210,5 +232,7 @@ def tiny_coco_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 
 @pytest.fixture(scope="session")
 def cli() -> SimpleNamespace:
-    """``run``, ``start``, ``losses`` and the options ``tiny``."""
-    return SimpleNamespace(run=run, start=start, losses=losses, tiny=TINY)
+    """``run``, ``start``, ``losses``, ``metrics_on_one_and_on_two`` and the options ``tiny``."""
+    return SimpleNamespace(
+        run=run, start=start, losses=losses, metrics_on_one_and_on_two=metrics_on_one_and_on_two, tiny=TINY
+    )

@@ -14,7 +14,6 @@ import torch
 
 from effvit.backbones import LoadReport, load_state
 from effvit.errors import CheckpointError
-from effvit.tasks.detectors.ssdlite import SSDLite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from effvit.tasks.detectors._contract import Detector
+    from effvit.tasks.detectors.ssdlite import SSDLite
 
 _PREDICTOR = re.compile(r"^ssd_heads\.(\d+)\.loc_cls_layer\.(?:pw_conv\.)?block\.conv\.(weight|bias)$")
 _BOX = 4
@@ -59,6 +59,8 @@ def load_cvnets(detector: Detector, state: Mapping[str, Tensor], source: str | P
         CheckpointError: The detector is no SSDLite, or the file is of another backbone or number of classes, or not
             complete.
     """
+    from effvit.tasks.detectors.ssdlite import SSDLite
+
     if not isinstance(detector, SSDLite):
         raise CheckpointError(f"{source} holds an SSDLite of ml-cvnets: build that detector (--model.detector ssdlite)")
     encoder = {name: value for name, value in state.items() if name.startswith("encoder.")}

@@ -46,8 +46,8 @@ class _Kind(NamedTuple):
     detections_per_image: int
 
 
-_COMMON = frozenset({"score_threshold", "nms_threshold", "detections_per_image"})
-_R_CNN = _COMMON | {"pyramid_channels", "head_channels", "roi_samples", "pad_divisor"}
+_LIMITS = frozenset({"score_threshold", "nms_threshold", "detections_per_image"})
+_R_CNN = _LIMITS | {"pyramid_channels", "head_channels", "roi_samples", "pad_divisor"}
 
 
 def make_detector(name: str, backbone: Backbone, num_classes: int, settings: DetectorSettings) -> Detector:
@@ -63,13 +63,8 @@ def make_detector(name: str, backbone: Backbone, num_classes: int, settings: Det
         ConfigError: There is no such detector, or a setting is out of its range.
     """
     kind = detector_kind(name)
-    if settings.score_threshold is None:
-        settings = replace(settings, score_threshold=kind.score_threshold)
-    if settings.nms_threshold is None:
-        settings = replace(settings, nms_threshold=kind.nms_threshold)
-    if settings.detections_per_image is None:
-        settings = replace(settings, detections_per_image=kind.detections_per_image)
-    return kind.make(backbone, num_classes, settings)
+    published = {limit: getattr(kind, limit) for limit in _LIMITS if getattr(settings, limit) is None}
+    return kind.make(backbone, num_classes, replace(settings, **published))
 
 
 def unread_settings(name: str, settings: DetectorSettings) -> list[str]:
@@ -163,8 +158,8 @@ def _ssdlite(backbone: Backbone, num_classes: int, settings: DetectorSettings) -
 
 #: The built-in detectors, each with its published thresholds. Their modules are imported when one is built.
 DETECTORS = {
-    "retinanet": _Kind(_retinanet, _COMMON | {"pyramid_channels", "head_convs", "pad_divisor"}, 0.05, 0.5, 100),
+    "retinanet": _Kind(_retinanet, _LIMITS | {"pyramid_channels", "head_convs", "pad_divisor"}, 0.05, 0.5, 100),
     "faster_rcnn": _Kind(_faster_rcnn, _R_CNN, 0.05, 0.5, 100),
     "mask_rcnn": _Kind(_mask_rcnn, _R_CNN | {"head_convs"}, 0.05, 0.5, 100),
-    "ssdlite": _Kind(_ssdlite, _COMMON, 0.01, 0.5, 200),
+    "ssdlite": _Kind(_ssdlite, _LIMITS, 0.01, 0.5, 200),
 }

@@ -19,7 +19,7 @@ from effvit.tasks.detectors._checks import at_least, check_thresholds
 from effvit.tasks.detectors._contract import Detector
 from effvit.tasks.detectors._scales import of_corners, scales_of
 from effvit.tasks.detectors.masks import mask_targets, paste
-from effvit.tasks.detectors.roi_heads import Objects, RoIHeads, Samples
+from effvit.tasks.detectors.roi_heads import POOLED, Objects, RoIHeads, Samples
 from effvit.tasks.detectors.rpn import RegionProposalNetwork
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _TRAINING_CANDIDATES = 2000
 _CANDIDATES = 1000
-_BOX_SIDE, _MASK_SIDE = 7, 14  # of pooled features
+_MASK_SIDE = 14  # of the features that masks are made of
 _DUMMY_PROPOSALS, _DUMMY_DETECTIONS = 1000, 100
 
 
@@ -103,7 +103,7 @@ class FasterRCNN(Detector):
     def _raw(self, maps: list[Tensor]) -> dict[str, Any]:
         """`forward` from pyramid levels on."""
         outputs = self.rpn(maps)
-        pooled = self.roi_heads.pooling.whole(maps, _BOX_SIDE).repeat_interleave(_DUMMY_PROPOSALS, dim=0)
+        pooled = self.roi_heads.pooling.whole(maps, POOLED).repeat_interleave(_DUMMY_PROPOSALS, dim=0)
         logits, deltas = self.roi_heads.classify(pooled)
         return {
             "objectness": outputs.logits,

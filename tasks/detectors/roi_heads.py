@@ -24,7 +24,7 @@ from effvit.tasks.detectors.sampler import sample
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_POOLED = 7
+POOLED = 7  # side of the features of a region
 _POSITIVE_FRACTION = 0.25
 _POSITIVE_IOU = 0.5
 
@@ -94,7 +94,7 @@ class RoIHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.pooling = RoIPooling(strides)
-        self.box_head = TwoMLPHead(channels * _POOLED**2, head_channels)
+        self.box_head = TwoMLPHead(channels * POOLED**2, head_channels)
         self.box_predictor = FastRCNNPredictor(head_channels, num_classes)
         self.box_predictor.cls_score = nn.Linear(head_channels, num_classes + 1)
         self.coder = SymmetricBoxCoder(weights=(10.0, 10.0, 5.0, 5.0))
@@ -160,7 +160,7 @@ class RoIHeads(nn.Module):
         Returns:
             Scalars ``loss_cls`` and ``loss_bbox``.
         """
-        logits, deltas = self.classify(self.pooling(maps, [own.boxes for own in drawn], _POOLED))
+        logits, deltas = self.classify(self.pooling(maps, [own.boxes for own in drawn], POOLED))
         with torch.autocast(logits.device.type, enabled=False):
             classes = [target.labels[own.objects] for own, target in zip(drawn, targets, strict=True)]
             labels = torch.cat(
@@ -197,7 +197,7 @@ class RoIHeads(nn.Module):
         Returns:
             ``boxes`` ``(N, 4)``, ``scores`` ``(N,)``, best first, and ``labels`` ``(N,)`` of each image.
         """
-        logits, deltas = self.classify(self.pooling(maps, proposals, _POOLED))
+        logits, deltas = self.classify(self.pooling(maps, proposals, POOLED))
         counts = [len(own) for own in proposals]
         with torch.autocast(logits.device.type, enabled=False):
             return [

@@ -47,19 +47,7 @@ def test_predicted_masks_are_coco_results(mask_run, cli, tmp_path, coco_root):
 
 @pytest.mark.slow  # the digits of the evaluator on two ranks are in tests/tasks/metrics
 def test_two_processes_find_the_masks_ap_of_one(mask_run, cli, tmp_path):
-    metrics = []
-    for name, extra in (
-        ("one", []),
-        ("two", ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp"]),
-    ):
-        folder = tmp_path / name
-        process = cli.start(
-            "validate", "--checkpoint", mask_run / "last.ckpt", "--run_dir", folder, "--data.num_val", "7", *extra,
-            cwd=tmp_path,
-        )  # fmt: skip
-        said = process.communicate()[0]
-        assert process.returncode == 0, said
-        metrics.append(json.loads((folder / "metrics.json").read_text()))
+    metrics = cli.metrics_on_one_and_on_two(mask_run, tmp_path)
     assert metrics[0] == metrics[1]
     assert metrics[0]["val/mask_AR100"] > 0
 

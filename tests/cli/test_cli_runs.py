@@ -275,19 +275,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_losses(cli, tmp_path, sign):
 @pytest.mark.slow  # the documented command trains on two processes, tests/tasks/metrics compare the digits
 def test_two_processes_find_the_ap_of_one(tiny_run, cli, tmp_path):
     """The sharded validation of a checkpoint has the digits of the single process, images seen twice included."""
-    metrics = []
-    for name, extra in (
-        ("one", []),
-        ("two", ["--trainer.devices", "2", "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp"]),
-    ):
-        folder = tmp_path / name
-        process = cli.start(
-            "validate", "--checkpoint", tiny_run / "last.ckpt", "--run_dir", folder, "--data.num_val", "7", *extra,
-            cwd=tmp_path,
-        )  # fmt: skip
-        said = process.communicate()[0]
-        assert process.returncode == 0, said
-        metrics.append(json.loads((folder / "metrics.json").read_text()))
+    metrics = cli.metrics_on_one_and_on_two(tiny_run, tmp_path)
     assert metrics[0] == metrics[1]
 
 

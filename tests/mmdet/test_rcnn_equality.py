@@ -50,21 +50,10 @@ def test_losses_and_gradients_are_equal(pair, batch):
 
 @pytest.mark.parametrize(("batch", "rescale"), [pytest.param("one", False, marks=pytest.mark.slow), ("unequal", True)])
 def test_detections_are_equal_to_the_last_bit(pair, batch, rescale):
-    kind, ours, theirs = pair
+    _, ours, theirs = pair
     sizes, counts, originals = BATCHES[batch]
     images, _ = pairs.make_batch(sizes, counts, originals, CLASSES, masks=False)
-    with torch.no_grad():
-        expected = theirs.eval().predict(images, pairs.samples_of(images, sizes, None, originals), rescale=rescale)
-        found = ours.eval().predict(images, sizes, originals if rescale else None)
-    for own, sample in zip(found, expected, strict=True):
-        reference = sample.pred_instances
-        assert len(own["scores"]) > 20
-        assert torch.equal(own["boxes"], reference.bboxes)
-        assert torch.equal(own["scores"], reference.scores)
-        assert torch.equal(own["labels"], reference.labels)
-        if kind == "mask_rcnn":
-            assert own["rles"] == pairs.encoded(reference.masks)
-            assert len({rle["counts"] for rle in own["rles"]}) > 10
+    pairs.assert_same_detections(ours, theirs, images, sizes, originals, rescale=rescale)
 
 
 @pytest.mark.slow
@@ -91,7 +80,8 @@ def test_real_images_and_coco_numbers(real_data, tmp_path):
 @pytest.mark.realdata
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn"])
 def test_all_real_images_and_coco_numbers(real_data, tmp_path, kind):
-    pairs.check_real(kind, real_data, 50, 320, tmp_path)
+    least = 0.001 if kind == "mask_rcnn" else 0.01  # of random masks so few match in all the images
+    pairs.check_real(kind, real_data, 50, 320, tmp_path, least)
 
 
 @pytest.mark.slow
