@@ -1,0 +1,57 @@
+"""The task of a run, rebuilt from its checkpoint without its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from effvit._cli.launch import open_run, stored_config
+
+if TYPE_CHECKING:
+    from effvit.tasks import Task
+
+
+@dataclass(frozen=True)
+class RebuiltRun:
+    """A run's task with its weights.
+
+    Attributes:
+        task: In eval mode, on the CPU.
+        path: The checkpoint.
+        config: The configuration that it carries.
+        inputs: How its data turned files into network inputs, see `launch.INPUT_SETTINGS`.
+    """
+
+    task: Task
+    path: Path
+    config: dict[str, Any]
+    inputs: dict[str, Any]
+
+
+def rebuild(source: str, verb: str) -> RebuiltRun:
+    """Rebuilds the task that a checkpoint is of.
+
+    Args:
+        source: A checkpoint of a run, or the run's folder.
+        verb: What it is wanted for, for messages.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, or no checkpoint of a run.
+        ConfigError: No effvit command has written it.
+    """
+    from effvit import tasks
+
+    path, checkpoint = open_run(source, verb)
+    config = yaml.safe_load(stored_config(checkpoint, path, verb))
+    name = str(config["model"]["class_path"]).rpartition(".")[2]
+    stored = checkpoint["hyper_parameters"]
+    # Lightning notes the class among the settings. The weights inside supersede any starting point, whose files need not
+    # exist here.
+    settings = {key: value for key, value in stored.items() if not key.startswith("_")}
+    settings |= {"pretrained": False, "checkpoint": None}
+    task: Task = getattr(tasks, name)(**settings)
+    task.load_weights(checkpoint["state_dict"], str(path), stored)
+    return RebuiltRun(task.eval(), path, config, checkpoint["effvit"].get("inputs", {}))

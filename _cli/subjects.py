@@ -1,0 +1,156 @@
+"""What `effvit benchmark` measures: networks by name, and what runs have trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from effvit.errors import ConfigError, close_matches
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from effvit.deploy.records import Subject
+
+#: What a name can be measured as: a classifier of ImageNet, the feature maps alone, or a detector of COCO.
+KINDS = ("classifier", "backbone", "retinanet", "faster_rcnn", "mask_rcnn", "ssdlite")
+_COCO_CLASSES = 80
+#: Input of a detector where no size is given: what the published tables count, and SSDLite's own.
+_DETECTOR_SIZES = {"ssdlite": (320, 320)}
+_DETECTOR_SIZE = (800, 1280)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A network as it is written on the command line: ``name``, ``name@size``, ``name:option=value,…``.
+
+    Attributes:
+        text: As it was written.
+        name: The backbone.
+        size: Height and width in pixels; ``None`` for the published ones.
+        options: Options of the backbone's family.
+    """
+
+    text: str
+    name: str
+    size: tuple[int, int] | None
+    options: dict[str, Any]
+
+
+def parse_spec(text: str) -> Spec:
+    """Understands one network of the command line.
+
+    Raises:
+        ConfigError: The size is no number, or an option has no value.
+    """
+    rest, _, words = text.partition(":")
+    name, at, size = rest.partition("@")
+    return Spec(text, name, _size_of(size, text) if at else None, dict(_option(word, text) for word in _words(words)))
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _size_of(text: str, whole: str) -> tuple[int, int]:
+    numbers = text.split("x")
+    if len(numbers) > 2 or not all(number.isdigit() and int(number) >= 32 for number in numbers):
+        raise ConfigError(
+            f"{whole}: the size after @ is a side or HEIGHTxWIDTH in pixels, at least 32, such as "
+            f"mobilevit_xxs@256 or efficientvit_m4@800x1216, not {text!r}"
+        )
+    return int(numbers[0]), int(numbers[-1])
+
+
+def _option(word: str, whole: str) -> tuple[str, Any]:
+    name, equals, value = word.partition("=")
+    if not equals:
+        raise ConfigError(f"{whole}: options are written name=value, such as dynamicvit_small:keep_ratio=0.5")
+    return name, yaml.safe_load(value)
+
+
+def named_subject(spec: Spec, kind: str, size: tuple[int, int] | None) -> Subject:
+    """A network with random weights: what it costs does not depend on them.
+
+    Args:
+        spec: Which one.
+        kind: One of `KINDS`.
+        size: Height and width in pixels where the spec has none; ``None`` for the published ones.
+
+    Raises:
+        ConfigError: There is no such network or option.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"a network cannot be measured as {kind!r}. {close_matches(kind, KINDS)}")
+    size = spec.size or size
+    if kind in ("classifier", "backbone"):
+        return _plain_subject(spec, kind, size)
+    return _detector_subject(spec, kind, size or _DETECTOR_SIZES.get(kind, _DETECTOR_SIZE))
+
+
+def _plain_subject(spec: Spec, kind: str, size: tuple[int, int] | None) -> Subject:
+    import torch
+
+    from effvit.backbones import backbone_info, create_backbone, create_classifier
+    from effvit.deploy.records import Subject
+
+    torch.manual_seed(0)
+    module: nn.Module
+    if kind == "classifier":
+        classifier = create_classifier(spec.name, **spec.options)
+        module, published = classifier, classifier.backbone.input_spec.size
+    else:
+        module = backbone = create_backbone(spec.name, **spec.options)
+        published = backbone.input_spec.size
+    as_published = not spec.options and size in (None, published) and kind == "classifier"
+    size = size or published
+    return Subject(
+        name=spec.text,
+        module=module.eval(),
+        size=size,
+        make_inputs=lambda batch: (_noise(batch, size),),
+        accuracy=backbone_info(spec.name).top1 if as_published else None,
+        accuracy_name="published ImageNet top-1 in percent",
+    )
+
+
+def _noise(batch: int, size: tuple[int, int]) -> torch.Tensor:
+    import torch
+
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _detector_subject(spec: Spec, kind: str, size: tuple[int, int]) -> Subject:
+    import torch
+
+    from effvit.tasks import Detection
+
+    torch.manual_seed(0)
+    categories = {number: f"class {number}" for number in range(1, _COCO_CLASSES + 1)}
+    task = Detection(backbone=spec.name, categories=categories, backbone_options=spec.options or None, detector=kind)
+    return task_subject(f"{kind} {spec.text}", task, size)
+
+
+def task_subject(name: str, task: Any, size: tuple[int, int]) -> Subject:
+    """A task's network with all that a file of it would hold: normalisation before, post-processing behind it.
+
+    Args:
+        name: What tables call it.
+        task: A classification or detection task.
+        size: Height and width of its images in pixels.
+    """
+    from effvit.deploy.records import Subject
+
+    module = task.deployable().eval()
+    return Subject(
+        name=name,
+        module=module,
+        size=size,
+        make_inputs=lambda batch: tuple(module.example_inputs(batch, size)),
+        parts=getattr(module, "parts", {}),
+    )
