@@ -1,0 +1,188 @@
+"""What runs networks, as data: torch in several forms, ONNX Runtime and OpenVINO; and whether their outputs agree."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor, nn
+
+from effvit.deploy import _runtimes_torch
+from effvit.deploy._runtimes_contract import Prepared, Runtime, Setting, evaluating, require_cuda
+from effvit.errors import ConfigError, ExportError, close_matches
+
+__all__ = ["RUNTIMES", "Agreement", "Prepared", "Runtime", "Setting", "check", "compare", "prepare", "require"]
+
+_TORCH = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "bf16", "fp16")}
+
+RUNTIMES: dict[str, Runtime] = {
+    runtime.name: runtime
+    for runtime in (
+        Runtime("eager", "torch, the network as it is", None, (), _TORCH, _runtimes_torch.eager),
+        Runtime(
+            "channels_last", "torch, maps in channels-last memory", None, (), _TORCH, _runtimes_torch.channels_last
+        ),
+        Runtime(
+            "fused", "torch, the deploy form: fuse() and channels-last memory", None, (), _TORCH, _runtimes_torch.fused
+        ),
+    )
+}
+
+
+def require(runtime: str, setting: Setting) -> Runtime:
+    """The runtime of a name, once it is known that it can run here; nothing is converted.
+
+    Args:
+        runtime: A name from `RUNTIMES`.
+        setting: Device, precision and threads.
+
+    Raises:
+        ConfigError: No such runtime, it is not installed, there is no GPU, or it has not that device or precision.
+    """
+    if runtime not in RUNTIMES:
+        raise ConfigError(f"There is no runtime {runtime!r}. {close_matches(runtime, RUNTIMES)}")
+    found = RUNTIMES[runtime]
+    missing = [name for name in found.modules if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"The runtime {runtime!r} needs {' and '.join(missing)}, which is not installed. "
+            f'Install it with: pip install "effvit[{found.extra}]"'
+        )
+    if setting.device not in found.precisions:
+        raise ConfigError(
+            f"The runtime {runtime!r} does not run on {setting.device!r}. It runs on: {', '.join(found.devices)}."
+        )
+    if setting.precision not in found.precisions[setting.device]:
+        raise ConfigError(
+            f"The runtime {runtime!r} has no precision {setting.precision!r} on {setting.device}. "
+            f"It has: {', '.join(found.precisions[setting.device])}."
+        )
+    if setting.threads < 1:
+        raise ConfigError(f"threads must be at least 1, got {setting.threads}")
+    if setting.device == "cuda":
+        require_cuda()
+    return found
+
+
+def prepare(module: nn.Module, inputs: tuple[Tensor, ...], runtime: str, setting: Setting) -> Prepared:
+    """Makes a network ready to run in a runtime.
+
+    torch's threads are set to the setting's and stay so, since the process has only one such number.
+
+    Args:
+        module: The network in eval mode, on the CPU, in float32. It is not changed.
+        inputs: What its ``forward`` takes, on the CPU; `Prepared.run` runs on them.
+        runtime: A name from `RUNTIMES`.
+        setting: Device, precision, threads, and where converted files are kept.
+
+    Raises:
+        ConfigError: See `require`; also a network in training mode, and one that the runtime has no form of.
+        ExportError: The network cannot be converted.
+    """
+    found = require(runtime, setting)
+    if module.training:
+        raise ConfigError(f"{type(module).__name__} is in training mode. Call eval() before it is measured.")
+    torch.set_num_threads(setting.threads)
+    start = time.perf_counter()
+    with evaluating():
+        ready = found.prepare(module, inputs, setting)
+    ready.seconds = time.perf_counter() - start
+    return ready
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two runs of one network differ.
+
+    Attributes:
+        error: Largest difference, relative to the largest expected magnitude of the same tensor; the worst tensor's.
+        worst: That tensor's name.
+        top1: Share of rows whose largest entry is the same, where the only output is ``(B, K)``; else ``None``.
+    """
+
+    error: float
+    worst: str
+    top1: float | None
+
+
+def compare(found: list[Tensor], expected: list[Tensor], names: Sequence[str] | None = None) -> Agreement:
+    """Compares what two runs gave, tensor by tensor.
+
+    Args:
+        found: From `Prepared.outputs`.
+        expected: The same of another runtime, such as ``eager``.
+        names: Of the tensors; their positions where not given.
+
+    Raises:
+        ExportError: They are not as many, or of other shapes.
+    """
+    if len(found) != len(expected):
+        raise ExportError(f"There are {len(found)} output tensors where {len(expected)} were expected.")
+    names = names or [f"output {position}" for position in range(len(expected))]
+    errors = {name: _error(name, own, other) for name, own, other in zip(names, found, expected, strict=True)}
+    worst = max(errors, key=lambda name: errors[name])
+    return Agreement(errors[worst], worst, _top1(found, expected))
+
+
+def _error(name: str, found: Tensor, expected: Tensor) -> float:
+    if found.shape != expected.shape:
+        raise ExportError(f"{name} has shape {tuple(found.shape)} where {tuple(expected.shape)} was expected.")
+    if not expected.numel():
+        return 0.0
+    own, other = found.double(), expected.double()
+    if not (own.isfinite().all() and other.isfinite().all()):
+        return float("inf")
+    largest = float(other.abs().max())
+    difference = float((own - other).abs().max())
+    return difference / largest if largest else difference
+
+
+def _top1(found: list[Tensor], expected: list[Tensor]) -> float | None:
+    if len(expected) != 1 or expected[0].ndim != 2 or not expected[0].is_floating_point():
+        return None
+    return float((found[0].argmax(1) == expected[0].argmax(1)).double().mean())
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a precision may differ from eager in fp32.
+
+    Attributes:
+        error: Greatest `Agreement.error`.
+        top1: Least `Agreement.top1`, where there is one.
+        reason: Why so much.
+    """
+
+    error: float
+    top1: float
+    reason: str
+
+
+TOLERANCES = {
+    "fp32": Tolerance(1e-3, 0.0, "only the order of sums differs"),
+    "bf16": Tolerance(0.1, 0.0, "8 bits of mantissa, rounded after each operation of the network"),
+    "fp16": Tolerance(0.02, 0.0, "11 bits of mantissa, rounded after each operation of the network"),
+    "int8": Tolerance(0.5, 0.0, "256 steps for each tensor"),
+}
+
+
+def check(agreement: Agreement, runtime: str, precision: str) -> None:
+    """Refuses a runtime whose outputs are not eager's.
+
+    Args:
+        agreement: From `compare`, against ``eager`` in ``fp32``.
+        runtime: Its name, for the message.
+        precision: Says how much may differ.
+
+    Raises:
+        ExportError: More differs than `TOLERANCES` allows.
+    """
+    allowed = TOLERANCES[precision]
+    if not agreement.error <= allowed.error:
+        raise ExportError(
+            f"{runtime} in {precision} differs from eager: {agreement.worst} by {agreement.error:.2e} of its largest "
+            f"value, allowed is {allowed.error:.0e} ({allowed.reason}). Its times would say nothing."
+        )
