@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,10 +49,9 @@ def rebuild(source: str, verb: str) -> RebuiltRun:
     config = yaml.safe_load(stored_config(checkpoint, path, verb))
     name = str(config["model"]["class_path"]).rpartition(".")[2]
     stored = checkpoint["hyper_parameters"]
-    # Lightning notes the class among the settings. The weights inside supersede any starting point, whose files need not
-    # exist here.
-    settings = {key: value for key, value in stored.items() if not key.startswith("_")}
-    settings |= {"pretrained": False, "checkpoint": None}
-    task: Task = getattr(tasks, name)(**settings)
+    kind: type[Task] = getattr(tasks, name)
+    # Lightning notes more than the settings: the name of the class, and what the command line linked in vain.
+    settings = {key: stored[key] for key in inspect.signature(kind).parameters if key in stored}
+    task = kind(**settings | {"pretrained": False, "checkpoint": None})  # the weights inside supersede any other
     task.load_weights(checkpoint["state_dict"], str(path), stored)
     return RebuiltRun(task.eval(), path, config, checkpoint["effvit"].get("inputs", {}))
