@@ -17,6 +17,8 @@ Train, evaluate and use efficient vision transformers on your own images.
   test        evaluate on test images   effvit test --checkpoint runs/digits/best.ckpt
   predict     apply to any images       effvit predict --checkpoint runs/digits/best.ckpt --images folder/
 
+  benchmark   what it costs here        effvit benchmark efficientvit_m4 mobilevit_xxs@256
+
   backbones   list the networks         effvit backbones 'efficientvit_*'
   configs     list shipped configs      effvit configs
               or draw a learning rate   effvit configs --plot-lr classification/efficientvit_m4
@@ -69,11 +71,18 @@ def _tables(arguments: list[str]) -> int:
     return tables(arguments)
 
 
+def _benchmark(arguments: list[str]) -> int:
+    from effvit._cli.benchmark import benchmark
+
+    return benchmark(arguments)
+
+
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     "fit": _train("fit"),
     "validate": _train("validate"),
     "test": _train("test"),
     "predict": _predict,
+    "benchmark": _benchmark,
     "backbones": _backbones,
     "configs": _configs,
     "check-data": _check_data,

@@ -64,7 +64,7 @@ class Run:
             try:
                 self.directory.mkdir(parents=True, exist_ok=not self.numbered)
             except FileExistsError:
-                self.directory = _unused(self.directory)
+                self.directory = unused(self.directory)
                 continue
             break
         self.numbered = False
@@ -228,7 +228,7 @@ def _run_directory(verb: str, asked: str | None, configs: list[Path], checkpoint
         raise ConfigError(
             "several processes were started from outside (torchrun, srun): name their folder with --run_dir"
         )
-    return _unused(Path("runs") / (configs[-1].stem if configs else verb)), True
+    return unused(Path("runs") / (configs[-1].stem if configs else verb)), True
 
 
 def _started_from_outside() -> bool:
@@ -236,7 +236,7 @@ def _started_from_outside() -> bool:
     return any(int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
 
 
-def _unused(directory: Path) -> Path:
+def unused(directory: Path) -> Path:
     """``directory``, or the first of ``directory-2``, ``directory-3``, … that does not exist."""
     number, candidate = 1, directory
     while candidate.exists():

@@ -31,6 +31,17 @@ class RebuiltRun:
     config: dict[str, Any]
     inputs: dict[str, Any]
 
+    def usual_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the network usually sees; of a detector those of a landscape."""
+        size, divisor = self.inputs.get("image_size"), self.inputs.get("pad_divisor", 1)
+        if size is None:
+            side = int(self.inputs["published"]["size"])
+            return side, side
+        if isinstance(size, int):
+            return size, size
+        width, height = (-(-int(side) // divisor) * divisor for side in size)
+        return height, width
+
 
 def rebuild(source: str, verb: str) -> RebuiltRun:
     """Rebuilds the task that a checkpoint is of.

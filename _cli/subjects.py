@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from effvit._cli.rebuild import rebuild
 from effvit.errors import ConfigError, close_matches
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 #: What a name can be measured as: a classifier of ImageNet, the feature maps alone, or a detector of COCO.
 KINDS = ("classifier", "backbone", "retinanet", "faster_rcnn", "mask_rcnn", "ssdlite")
 _COCO_CLASSES = 80
+_LEAST_SIDE = 32
 #: Input of a detector where no size is given: what the published tables count, and SSDLite's own.
 _DETECTOR_SIZES = {"ssdlite": (320, 320)}
 _DETECTOR_SIZE = (800, 1280)
@@ -48,19 +50,28 @@ def parse_spec(text: str) -> Spec:
     """
     rest, _, words = text.partition(":")
     name, at, size = rest.partition("@")
-    return Spec(text, name, _size_of(size, text) if at else None, dict(_option(word, text) for word in _words(words)))
+    return Spec(text, name, parse_size(size, text) if at else None, dict(_option(word, text) for word in _words(words)))
 
 
 def _words(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
 
 
-def _size_of(text: str, whole: str) -> tuple[int, int]:
+def parse_size(text: str, where: str) -> tuple[int, int]:
+    """Height and width in pixels out of ``224`` or ``800x1216``.
+
+    Args:
+        text: What was written.
+        where: By what, for the message.
+
+    Raises:
+        ConfigError: It is neither, or below 32.
+    """
     numbers = text.split("x")
-    if len(numbers) > 2 or not all(number.isdigit() and int(number) >= 32 for number in numbers):
+    if len(numbers) > 2 or not all(number.isdigit() and int(number) >= _LEAST_SIDE for number in numbers):
         raise ConfigError(
-            f"{whole}: the size after @ is a side or HEIGHTxWIDTH in pixels, at least 32, such as "
-            f"mobilevit_xxs@256 or efficientvit_m4@800x1216, not {text!r}"
+            f"{where}: a size is a side or HEIGHTxWIDTH in pixels, at least {_LEAST_SIDE}, such as 256 or 800x1216, not "
+            f"{text!r}"
         )
     return int(numbers[0]), int(numbers[-1])
 
@@ -132,6 +143,20 @@ def _detector_subject(spec: Spec, kind: str, size: tuple[int, int]) -> Subject:
     categories = {number: f"class {number}" for number in range(1, _COCO_CLASSES + 1)}
     task = Detection(backbone=spec.name, categories=categories, backbone_options=spec.options or None, detector=kind)
     return task_subject(f"{kind} {spec.text}", task, size)
+
+
+def checkpoint_subject(source: str, size: tuple[int, int] | None) -> Subject:
+    """What a run has trained, named by its folder.
+
+    Args:
+        source: A checkpoint of a run, or the run's folder.
+        size: Height and width of its images in pixels; ``None`` for those that its data gave it.
+
+    Raises:
+        CheckpointError: It cannot be opened.
+    """
+    run = rebuild(source, "benchmark")
+    return task_subject(run.path.parent.name or run.path.stem, run.task, size or run.usual_size())
 
 
 def task_subject(name: str, task: Any, size: tuple[int, int]) -> Subject:

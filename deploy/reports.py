@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from effvit.deploy.profiling import MEMORY_BOUND, WORK, Profile
 from effvit.deploy.protocols import Claim, Protocol
 from effvit.deploy.records import Ratio, Record, Report, Statistics
 from effvit.deploy.statistics import ratio
@@ -167,12 +168,9 @@ def protocol_markdown(protocol: Protocol, report: Report) -> str:
         published = next((entry.published for entry in protocol.entries if entry.model == model), None)
         cells = [_measured(found.get((model, runtime)), per_image=per_image) for runtime in runtimes]
         rows.append([model, _number(published), *cells])
-    lines = [
-        f"Protocol {protocol.name}: {protocol.hardware}, batch {protocol.batch}, {protocol.runtime} "
-        f"{protocol.precision}. Source: {protocol.source}.",
-        "",
-        *table(head, rows, text_columns=1),
-    ]
+    how = f"batch {protocol.batch}, {protocol.runtime} {protocol.precision}"
+    title = f"Protocol {protocol.name}, published on {protocol.hardware}, {how}. Source: {protocol.source}."
+    lines = [title, "", *table(head, rows, text_columns=1)]
     claims = [claim for claim in protocol.claims if _both(claim, found)]
     if claims:
         head = ["ratio of throughputs", "published", *runtimes]
@@ -203,3 +201,35 @@ def _claim_cells(claim: Claim, runtimes: Sequence[str], found: Mapping[tuple[str
         comparable = fast and slow and fast.latency and slow.latency and fast.batch == slow.batch
         cells.append(_ratio(ratio(slow.latency.rounds, fast.latency.rounds)) if comparable else _DASH)  # type: ignore[union-attr]
     return cells
+
+
+def profile_json(profile: Profile) -> str:
+    """Everything that a profile has found."""
+    return json.dumps(asdict(profile), indent=1) + "\n"
+
+
+def profile_markdown(profile: Profile) -> str:
+    """Shares of the kinds of work by type of block, and the latency of the stages."""
+    size = "x".join(map(str, profile.size))
+    kinds = [kind for kind in WORK if profile.work.get(kind, 0) > 0]
+    rows = [["all", "", "100 %", *(_share(profile.work[kind]) for kind in kinds)]]
+    for name, work in profile.blocks.items():
+        cells = [_share(work.get(kind, 0)) for kind in kinds]
+        rows.append([name, str(profile.counts.get(name, "")), _share(sum(work.values())), *cells])
+    whole = sum(profile.stages.values())
+    stages = [[name, _ms(seconds), _share(seconds / whole)] for name, seconds in profile.stages.items()]
+    lines = [
+        f"## {profile.model}, {size}, batch {profile.batch}, {profile.device}: {_ms(profile.seconds)} ms",
+        "",
+        f"Memory-bound work ({', '.join(MEMORY_BOUND)}): {_share(profile.memory_bound)} of the time in operators.",
+        "",
+        *table(["block", "number", "share", *kinds], rows, text_columns=1),
+        "",
+        *table(["stage", "ms", "share"], stages, text_columns=1),
+    ]
+    lines += [f"- not sorted, in other: {name} {_share(share)}" for name, share in profile.unknown.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
