@@ -1,0 +1,112 @@
+"""Files for telephones: CoreML and ExecuTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from effvit.deploy._formats_source import METADATA_KEY, Run, Source, as_list, graph_of, quiet
+
+
+def on_macos() -> bool:
+    """Whether CoreML can run here."""
+    return sys.platform == "darwin"
+
+
+def write_coreml(source: Source, path: Path, text: str) -> None:
+    """Writes an ML Program for iOS 16 and later, in float32, which takes pixels as float32 in 0..255."""
+    with quiet():
+        import coremltools
+
+        images = source.inputs[0].float()  # CoreML has no arrays of uint8
+        graph = graph_of(Source(source.module, (images,), source.input_names, source.output_names))
+        with contextlib.redirect_stderr(io.StringIO()):
+            model = coremltools.convert(
+                graph.run_decompositions({}),
+                inputs=[coremltools.TensorType(name=source.input_names[0], shape=tuple(images.shape))],
+                outputs=[coremltools.TensorType(name=name) for name in source.output_names],
+                minimum_deployment_target=coremltools.target.iOS16,
+                compute_precision=coremltools.precision.FLOAT32,
+                skip_model_load=True,
+            )
+        model.user_defined_metadata[METADATA_KEY] = text
+        model.save(str(path))
+
+
+def attach_coreml(path: Path, text: str) -> None:
+    """Puts metadata into the specification, in place of what is there."""
+    with quiet():
+        import coremltools
+
+        model = coremltools.models.MLModel(str(path), skip_model_load=True)
+        model.user_defined_metadata[METADATA_KEY] = text
+        model.save(str(path))
+
+
+def metadata_of_coreml(path: Path) -> str | None:
+    """What `attach_coreml` has put there."""
+    with quiet():
+        import coremltools
+
+        spec = coremltools.utils.load_spec(str(path))
+    found: str | None = dict(spec.description.metadata.userDefined).get(METADATA_KEY)
+    return found
+
+
+def open_coreml(path: Path, threads: int | None) -> Run:  # noqa: ARG001 - every format's signature; CoreML decides
+    """Loads a model into CoreML, on the CPU: on macOS only."""
+    with quiet():
+        import coremltools
+
+        model = coremltools.models.MLModel(str(path), compute_units=coremltools.ComputeUnit.CPU_ONLY)
+    names = [entry.name for entry in model.get_spec().description.input]
+    outputs = [entry.name for entry in model.get_spec().description.output]
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        feed = {name: tensor.float().numpy() for name, tensor in zip(names, tensors, strict=True)}
+        found = model.predict(feed)
+        return [torch.from_numpy(found[name]) for name in outputs]
+
+    return run
+
+
+def write_executorch(source: Source, path: Path, text: str) -> None:
+    """Writes a program for ExecuTorch's XNNPACK backend; the metadata is a method of its own that returns the text."""
+    source.module.to(memory_format=torch.contiguous_format)  # XNNPACK's kernels take no other
+    graph = graph_of(source)
+    with quiet():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+
+        program = to_edge_transform_and_lower(
+            graph, partitioner=[XnnpackPartitioner()], constant_methods={METADATA_KEY: text}
+        ).to_executorch()
+    path.write_bytes(program.buffer)
+
+
+def metadata_of_executorch(path: Path) -> str | None:
+    """What the program's method of that name returns."""
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(path)
+    if METADATA_KEY not in program.method_names:
+        return None
+    return str(program.load_method(METADATA_KEY).execute([])[0])
+
+
+def open_executorch(path: Path, threads: int | None) -> Run:  # noqa: ARG001 - every format's signature; it has no setting
+    """Loads a program into ExecuTorch's runtime."""
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [output.clone() for output in as_list(method.execute(list(tensors)))]
+
+    return run

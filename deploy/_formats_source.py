@@ -1,0 +1,105 @@
+"""What every format starts from: a network with example inputs, and its graph."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+#: What a loaded file is: input tensors to output tensors, on the CPU.
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+
+#: Under this name the metadata, one JSON object, lies in a file of any format.
+METADATA_KEY = "effvit"
+
+
+class Deployable(Protocol):
+    """What a task gives for export: an ``nn.Module`` with normalisation and decoding inside, and what it is.
+
+    Attributes:
+        task: ``classification`` or ``detection``.
+        input_names: What ``forward`` takes, images first.
+        output_names: What it returns, in that order.
+    """
+
+    task: str
+    input_names: Sequence[str]
+    output_names: Sequence[str]
+
+    def __call__(self, *inputs: Tensor) -> Any: ...
+
+    def example_inputs(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Noise of ``batch`` images of ``size`` (height, width) in pixels, with what else ``forward`` takes."""
+
+    def metadata(self) -> dict[str, Any]:
+        """What users of a file have to know, JSON-able: task, categories, normalisation, thresholds."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network that is written to a file.
+
+    Attributes:
+        module: In eval mode, on the CPU, in float32.
+        inputs: What its ``forward`` takes; of two images or more where the batch is to be dynamic.
+        input_names: In the order of ``forward``.
+        output_names: In the order in which it returns them.
+        dynamic_batch: Whether the file is to take any number of images.
+        dynamic_size: Whether it is to take images of any height and width that are multiples of 32.
+    """
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    dynamic_batch: bool = False
+    dynamic_size: bool = False
+
+
+def as_list(outputs: Any) -> list[Tensor]:
+    """What a network returns, in a list."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    return list(outputs.values() if isinstance(outputs, dict) else outputs)
+
+
+def warm_up(source: Source) -> None:
+    """One forward pass, which fills what a network keeps of a shape: a table made inside a graph is in each pass."""
+    with torch.no_grad():
+        source.module(*source.inputs)
+
+
+def graph_of(source: Source) -> torch.export.ExportedProgram:
+    """The graph of one forward pass, as ``torch.export`` records it."""
+    warm_up(source)
+    with torch.no_grad(), quiet():
+        return torch.export.export(source.module, source.inputs, dynamic_shapes=_dynamic_shapes(source), strict=False)
+
+
+def _dynamic_shapes(source: Source) -> tuple[dict[int, Any], ...] | None:
+    if not (source.dynamic_batch or source.dynamic_size):
+        return None
+    batch: dict[int, Any] = {0: torch.export.Dim("batch")} if source.dynamic_batch else {}
+    size: dict[int, Any] = {}
+    if source.dynamic_size:
+        size = {2: 32 * torch.export.Dim("rows", min=1, max=256), 3: 32 * torch.export.Dim("columns", min=1, max=256)}
+    return tuple({**batch, **size} if tensor.ndim == 4 else batch for tensor in source.inputs)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings and notes of exporters, which are about their own insides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
