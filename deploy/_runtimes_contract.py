@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effvit.errors import ConfigError, ExportError
+from effvit.errors import ConfigError, EffvitError, ExportError
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -112,19 +112,20 @@ def flatten(outputs: Any, prefix: str = "") -> dict[str, Tensor]:
     return flat
 
 
-def prepared(run: Callable[[], Any]) -> Prepared:
+def prepared(run: Callable[[], Any], named: Callable[[Any], dict[str, Tensor]] = flatten) -> Prepared:
     """What `run` is, with its outputs taken as torch tensors.
 
     Args:
-        run: One forward pass that returns what `flatten` takes.
+        run: One forward pass.
+        named: The tensors, by name, of what it returns.
     """
 
     def outputs() -> list[Tensor]:
-        named = flatten(run())
-        if not named:
+        found = named(run())
+        if not found:
             raise ExportError("The network returns no tensors, so there is nothing to compare.")
-        ready.names[:] = list(named)
-        return [on_cpu(tensor) for tensor in named.values()]
+        ready.names[:] = list(found)
+        return [on_cpu(tensor) for tensor in found.values()]
 
     ready = Prepared(run, outputs)
     return ready
@@ -177,6 +178,30 @@ def _fuse(module: nn.Module) -> None:
         return
     for child in module.children():
         _fuse(child)
+
+
+@contextlib.contextmanager
+def converting(module: nn.Module, target: str) -> Iterator[None]:
+    """Whatever a converter fails with becomes an error that says which network it could not take.
+
+    Args:
+        module: The network.
+        target: What it is converted for.
+
+    Raises:
+        ExportError: Any error but that memory ran out, and our own.
+    """
+    try:
+        yield
+    except (EffvitError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):  # torch's allocator on the CPU raises a plain RuntimeError
+            raise
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise ExportError(
+            f"{type(module).__name__} cannot be converted for {target}: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def require_cuda() -> None:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 
-from effvit.deploy import _runtimes_torch
+from effvit.deploy import _runtimes_onnx, _runtimes_openvino, _runtimes_torch
 from effvit.deploy._runtimes_contract import Prepared, Runtime, Setting, evaluating, require_cuda
 from effvit.errors import ConfigError, ExportError, close_matches
 
@@ -27,6 +27,22 @@ RUNTIMES: dict[str, Runtime] = {
         ),
         Runtime(
             "fused", "torch, the deploy form: fuse() and channels-last memory", None, (), _TORCH, _runtimes_torch.fused
+        ),
+        Runtime(
+            "onnx",
+            "ONNX Runtime",
+            "onnx",
+            ("onnx", "onnxruntime"),
+            {"cpu": ("fp32", "int8"), "cuda": ("fp32",)},
+            _runtimes_onnx.onnx,
+        ),
+        Runtime(
+            "openvino",
+            "OpenVINO, from the same file as ONNX Runtime",
+            "openvino",
+            ("onnx", "openvino"),
+            {"cpu": ("fp32", "bf16", "int8")},
+            _runtimes_openvino.openvino,
         ),
     )
 }

@@ -1,0 +1,51 @@
+"""OpenVINO, from the ONNX file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effvit.deploy._runtimes_contract import Prepared, Setting, converting, prepared
+from effvit.deploy._runtimes_onnx import as_array, named_inputs, onnx_file
+from effvit.errors import ConfigError
+
+# Of what is not quantised. Left alone, OpenVINO takes bfloat16 where the processor has it, and no ratio would be fair.
+_HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}
+
+
+def openvino(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:
+    """The network in OpenVINO.
+
+    Raises:
+        ConfigError: bf16 on a processor without it, where OpenVINO would silently run in float32.
+    """
+    from openvino import Core
+
+    core = Core()
+    if setting.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ConfigError("OpenVINO has no bf16 on this processor. Use fp32 or int8.")
+    properties = {
+        "INFERENCE_NUM_THREADS": setting.threads,
+        "NUM_STREAMS": "1",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": _HINTS[setting.precision],
+    }
+    with onnx_file(module, inputs, setting) as path, converting(module, "OpenVINO"):
+        compiled = core.compile_model(path, "CPU", properties)
+    request = compiled.create_infer_request()
+    read = {name for port in compiled.inputs for name in port.get_names()}
+    arrays = {name: as_array(tensor) for name, tensor in named_inputs(inputs).items() if name in read}
+    names = [port.get_any_name() for port in compiled.outputs]
+
+    def run() -> Any:
+        request.infer(arrays, share_inputs=True)
+        return request
+
+    def named(done: Any) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(done.get_output_tensor(place).data) for place, name in enumerate(names)}
+
+    with converting(module, "OpenVINO"):
+        run()
+    return prepared(run, named)
