@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Measure networks on this machine: latency with its interval, throughput, memory, parameters and multiply-accumulates, in
 several runtimes. All of them take turns in the same rounds, so that a ratio holds on a busy machine too, and the output
-of each is compared with that of plain torch before its time counts. Networks by name have random weights: what they cost
-does not depend on the weights.
+of each is compared with that of plain torch before its time counts. Networks by name have random weights: what they
+cost does not depend on the weights.
 
   effvit benchmark efficientvit_m4 mobilevit_xxs@256 --runtimes eager fused onnx
   effvit benchmark --checkpoint runs/finetune/best.ckpt --batch_sizes 1 8

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from effvit import __version__, datamodules
 from effvit._cli.launch import INPUT_SETTINGS, OWN_OPTIONS, Run
 from effvit._cli.parser import Parser
-from effvit.callbacks import EMA, ClassificationReport, Progress, RunCheckpoint, RunReport
+from effvit.callbacks import EMA, ClassificationReport, HardwareBenchmark, Progress, RunCheckpoint, RunReport
 from effvit.categories import Categories
 from effvit.errors import CheckpointError, ConfigError, EffvitError
 from effvit.tasks import Classification, Detection, Task
@@ -43,7 +43,13 @@ _EXPECTED_WARNINGS = (
 _CPU_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory")
 
 # A configuration may name these without their module, since jsonargparse looks through the classes imported so far.
-_NAMED = (Classification, Detection, WarmupCosine, *(getattr(datamodules, name) for name in datamodules.__all__))
+_NAMED = (
+    Classification,
+    Detection,
+    WarmupCosine,
+    HardwareBenchmark,
+    *(getattr(datamodules, name) for name in datamodules.__all__),
+)
 
 
 class RunConfig(SaveConfigCallback):

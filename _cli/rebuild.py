@@ -32,7 +32,7 @@ class RebuiltRun:
     inputs: dict[str, Any]
 
     def usual_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images that the network usually sees; of a detector those of a landscape."""
+        """Height and width in pixels of the images that the network usually sees, for a detector in landscape."""
         size, divisor = self.inputs.get("image_size"), self.inputs.get("pad_divisor", 1)
         if size is None:
             side = int(self.inputs["published"]["size"])

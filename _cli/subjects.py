@@ -70,8 +70,8 @@ def parse_size(text: str, where: str) -> tuple[int, int]:
     numbers = text.split("x")
     if len(numbers) > 2 or not all(number.isdigit() and int(number) >= _LEAST_SIDE for number in numbers):
         raise ConfigError(
-            f"{where}: a size is a side or HEIGHTxWIDTH in pixels, at least {_LEAST_SIDE}, such as 256 or 800x1216, not "
-            f"{text!r}"
+            f"{where}: a size is a side or HEIGHTxWIDTH in pixels, at least {_LEAST_SIDE}, such as 256 or 800x1216, "
+            f"not {text!r}"
         )
     return int(numbers[0]), int(numbers[-1])
 
