@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from effvit.deploy._structure import topmost_called
+from effvit.deploy.timing import warm_up
 from effvit.errors import ConfigError, close_matches
+
+_LEAST = 3  # passes: the median of two is their mean
 
 #: What comes before the first part and after it, see `time_parts`.
 BEFORE, REST = "pre-processing", "post-processing"
@@ -25,8 +29,7 @@ def time_parts(
     parts: Mapping[str, Sequence[str]],
     *,
     device: str = "cpu",
-    repeats: int = 10,
-    warm_ups: int = 3,
+    seconds: float = 1.0,
 ) -> dict[str, float]:
     """Median seconds that each part of a network takes of its forward pass.
 
@@ -40,8 +43,7 @@ def time_parts(
         parts: Names of submodules by part, such as ``{"backbone": ("pyramid.backbone",), "pyramid": ("pyramid",)}``. A
             submodule that is never called itself, such as a ``ModuleDict``, stands for those inside that are.
         device: ``cpu`` or ``cuda``.
-        repeats: Passes that the median is over, at least 1.
-        warm_ups: Passes before those, whose time does not count.
+        seconds: How long to measure, after a warm-up; there are at least three passes.
 
     Returns:
         Seconds of ``pre-processing``, of each part in the order of `parts`, and of ``post-processing``.
@@ -52,7 +54,7 @@ def time_parts(
     """
     with torch.no_grad():
         owners = _owners(module, parts, called_in(module, inputs))
-        rows = timed_passes(module, inputs, owners, device=device, repeats=repeats, warm_ups=warm_ups)
+        rows = timed_passes(module, inputs, owners, device=device, seconds=seconds)
     return {name: statistics.median(row[name] for row in rows) for name in (BEFORE, *parts, REST)}
 
 
@@ -68,23 +70,13 @@ def called_in(module: nn.Module, inputs: Sequence[Tensor]) -> set[nn.Module]:
     return called
 
 
-def topmost_called(module: nn.Module, called: set[nn.Module]) -> Iterator[nn.Module]:
-    """The module itself where it is called, or else the highest inside that are."""
-    if module in called:
-        yield module
-    else:
-        for child in module.children():
-            yield from topmost_called(child, called)
-
-
 def timed_passes(
     module: nn.Module,
     inputs: Sequence[Tensor],
     owners: Mapping[nn.Module, str],
     *,
     device: str,
-    repeats: int,
-    warm_ups: int,
+    seconds: float,
 ) -> list[dict[str, float]]:
     """Exclusive seconds of each pass by part, `BEFORE` and `REST` included.
 
@@ -93,13 +85,16 @@ def timed_passes(
         inputs: What its ``forward`` takes.
         owners: The part that each submodule belongs to.
         device: ``cpu`` or ``cuda``.
-        repeats: Passes that are measured.
-        warm_ups: Passes before those.
+        seconds: How long to measure, after a warm-up; there are at least three passes.
     """
     clock = _Clock(device)
+    rows: list[dict[str, float]] = []
     with clock.watching(owners), torch.no_grad():
-        rows = [clock.time(lambda: module(*inputs)) for _ in range(warm_ups + repeats)]
-    return rows[warm_ups:]
+        warm_up(lambda: clock.time(lambda: module(*inputs)), device)
+        end = time.perf_counter() + seconds
+        while len(rows) < _LEAST or time.perf_counter() < end:
+            rows.append(clock.time(lambda: module(*inputs)))
+    return rows
 
 
 class _Clock:
@@ -142,7 +137,7 @@ class _Clock:
 
     def _cross(self, owner: str) -> None:
         if self._cuda:
-            now: Any = torch.cuda.Event(enable_timing=True)
+            now: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             now.record()
         else:
             now = time.perf_counter()
@@ -186,7 +181,8 @@ def _owners(module: nn.Module, parts: Mapping[str, Sequence[str]], called: set[n
 def _watched(known: Mapping[str, nn.Module], name: str, part: str, called: set[nn.Module]) -> list[nn.Module]:
     if name not in known:
         raise ConfigError(
-            f"part {part!r}: {type(known['']).__name__} has no submodule {name!r}. {close_matches(name, list(known)[1:])}"
+            f"part {part!r}: {type(known['']).__name__} has no submodule {name!r}. "
+            + close_matches(name, list(known)[1:])
         )
     watched = list(topmost_called(known[name], called))
     if not watched:
