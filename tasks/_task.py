@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler
 from effvit.categories import Categories
 from effvit.errors import CheckpointError, ConfigError
 from effvit.tasks._checkpoint import read_run
+from effvit.tasks.deployed import Deployed
 from effvit.tasks.schedules import WarmupCosine
 
 _log = logging.getLogger(__name__)
@@ -240,6 +241,16 @@ class Task(LightningModule):
                 f"{_brief(self.categories.names)}. Use data that declares the same ones, or start from its backbone "
                 "with --model.pretrained."
             )
+
+    def deployable(self) -> Deployed:
+        """The network with all around it, for export and for measuring: on the very weights, in the mode that it is in.
+
+        Nothing of the task changes. The caller puts the view into eval mode, and the task back where it goes on.
+
+        Raises:
+            ExportError: There is none of this network.
+        """
+        raise NotImplementedError
 
     def classes_in(self, state_dict: dict[str, Tensor]) -> tuple[tuple[str, ...], int | None]:
         """Prefixes of the parameters that depend on the number of classes, and that number in given weights."""

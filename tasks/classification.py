@@ -24,6 +24,7 @@ from effvit.tasks._task import (
     freeze_norm_statistics,
     normalise,
 )
+from effvit.tasks.deployed import DeployedClassifier
 from effvit.tasks.metrics.classification import ClassificationEvaluator, ClassificationResult
 from effvit.tasks.objectives import build_teacher, check_options, make_objective
 
@@ -284,6 +285,12 @@ class Classification(Task):
         """Class probabilities ``(B, K)`` of a batch, float32."""
         logits: Tensor = self.network(self.prepare(batch))
         return logits.float().softmax(-1)
+
+    def deployable(self) -> DeployedClassifier:
+        """See `Task.deployable`."""
+        spec = self.input_spec
+        settings = {"backbone": self.hparams["backbone"]}
+        return DeployedClassifier(self.network, self.categories, spec.mean, spec.std, settings)
 
     def configure_gradient_clipping(
         self,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from effvit.backbones import Backbone, create_backbone
-from effvit.errors import ConfigError
+from effvit.errors import ConfigError, ExportError
 from effvit.tasks._checkpoint import read_published
 from effvit.tasks._task import (
     NORMS,
@@ -22,6 +22,7 @@ from effvit.tasks._task import (
     freeze_norm_statistics,
     normalise,
 )
+from effvit.tasks.deployed import DeployedDetector
 from effvit.tasks.detectors._checks import check_thresholds
 from effvit.tasks.detectors._contract import Detector
 from effvit.tasks.detectors._cvnets_checkpoint import is_cvnets, load_cvnets
@@ -272,6 +273,21 @@ class Detection(Task):
         images, sizes = self.prepare(batch)
         original_sizes = [target["original_size"] for target in batch[1]]
         return [_on_cpu(found) for found in self.detector.predict(images, sizes, original_sizes)]
+
+    def deployable(self) -> DeployedDetector:
+        """See `Task.deployable`; it has the digits of `detect`.
+
+        Raises:
+            ExportError: It is a detector of MMDetection's.
+        """
+        name = self.hparams["detector"]
+        if name == "mmdet":
+            raise ExportError(
+                "a detector of MMDetection's engine (--model.detector mmdet) is exported with MMDetection's own tools, "
+                "such as mmdeploy; retinanet, faster_rcnn, mask_rcnn and ssdlite are exported here"
+            )
+        settings = {"detector": name, "backbone": self.hparams["backbone"]}
+        return DeployedDetector(self.detector, self.categories, self.mean, self.std, settings)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:  # noqa: ARG002 - Lightning's signature
         """Detects, and hands the detections to the evaluator and to the callbacks."""

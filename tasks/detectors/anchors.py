@@ -82,18 +82,29 @@ class Anchors(AnchorGenerator):  # type: ignore[misc]
             Corners ``(sum(H * W * A), 4)``, float32 xyxy in pixels of the padded image, in the order level, row,
             column, anchor. The tensor is cached: do not write into it.
         """
+        if torch.compiler.is_compiling():  # what a tracer makes has no values, and must not be found again
+            return self._grid([cell.to(device) for cell in self.cell_anchors], map_sizes)
         key = (tuple(map_sizes), device)
         if key in self._grids:
             self._grids.move_to_end(key)
             return self._grids[key]
         with torch.inference_mode(mode=False):  # validation may fill the cache that training reads
             self.set_cell_anchors(torch.float32, device)
-            steps = [[torch.tensor(stride, device=device)] * 2 for stride in self.strides]
-            grid = torch.cat(self.grid_anchors([list(size) for size in map_sizes], steps))
+            grid = self._grid(self.cell_anchors, map_sizes)
         self._grids[key] = grid
         if len(self._grids) > _CACHED_GRIDS:
             self._grids.popitem(last=False)
         return grid
+
+    def _grid(self, cells: Sequence[Tensor], map_sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """`forward`, from the anchors of one location of each level."""
+        levels = []
+        for cell, (height, width), stride in zip(cells, map_sizes, self.strides, strict=True):
+            rows = torch.arange(height, dtype=torch.int32, device=cell.device)[:, None].expand(height, width) * stride
+            columns = torch.arange(width, dtype=torch.int32, device=cell.device).expand(height, width) * stride
+            shifts = torch.stack([columns, rows, columns, rows], dim=2)
+            levels.append((shifts[:, :, None] + cell).flatten(0, 2))
+        return torch.cat(levels)
 
     def inside(
         self, map_sizes: Sequence[tuple[int, int]], size: tuple[int, int], pad_divisor: int, device: torch.device

@@ -53,10 +53,20 @@ class SymmetricBoxCoder(BoxCoder):  # type: ignore[misc]
         return torch.cat([centres - half, centres + half], dim=-1)
 
 
-@lru_cache(maxsize=64)  # every copy to a GPU would wait for all that it has to do
 def _deviations(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():  # what a tracer makes has no values, and must not be found again
+        return _make_deviations(weights, dtype, device)
+    return _kept_deviations(weights, dtype, device)
+
+
+def _make_deviations(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.cat([torch.full((1,), 1 / weight, dtype=dtype, device=device) for weight in weights])
+
+
+@lru_cache(maxsize=64)  # every copy to a GPU would wait for all that it has to do
+def _kept_deviations(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(mode=False):  # validation may fill the cache that training reads
-        return torch.tensor([1 / weight for weight in weights], dtype=dtype, device=device)
+        return _make_deviations(weights, dtype, device)
 
 
 def _centres_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:

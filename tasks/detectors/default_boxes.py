@@ -10,6 +10,8 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.ops import box_convert
 
+from effvit.tasks.detectors._scales import of_corners
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -53,15 +55,21 @@ class DefaultBoxes(DefaultBoxGenerator):  # type: ignore[misc]
             Corners ``(sum(H * W * A), 4)``, float32 xyxy in pixels, in the order level, row, column, anchor. Anchors
             may reach beyond the image. The tensor is cached: do not write into it.
         """
+        if torch.compiler.is_compiling():  # what a tracer makes has no values, and must not be found again
+            return self._grid(map_sizes, image_size).to(device)
         key = (tuple(map_sizes), image_size, device)
         if key in self._grids:
             self._grids.move_to_end(key)
             return self._grids[key]
         with torch.inference_mode(mode=False):  # validation may fill the cache that training reads
-            shares = self._grid_default_boxes([list(size) for size in map_sizes], list(image_size))
-            height, width = image_size
-            grid: Tensor = box_convert(shares, "cxcywh", "xyxy") * torch.tensor([width, height] * 2)
-            self._grids[key] = grid.to(device)
+            self._grids[key] = self._grid(map_sizes, image_size).to(device)
         if len(self._grids) > _CACHED_GRIDS:
             self._grids.popitem(last=False)
         return self._grids[key]
+
+    def _grid(self, map_sizes: Sequence[tuple[int, int]], image_size: tuple[int, int]) -> Tensor:
+        """`forward`, on the CPU."""
+        shares = self._grid_default_boxes([list(size) for size in map_sizes], list(image_size))
+        height, width = image_size
+        grid: Tensor = box_convert(shares, "cxcywh", "xyxy") * of_corners(shares, width, height)
+        return grid

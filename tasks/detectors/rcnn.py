@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from effvit.backbones import FeaturePyramid
 
 _TRAINING_CANDIDATES = 2000
-_CANDIDATES = 1000
-_MASK_SIDE = 14  # of the features that masks are made of
+PROPOSAL_CANDIDATES = 1000
+MASK_SIDE = 14  # of the features that masks are made of
 _DUMMY_PROPOSALS, _DUMMY_DETECTIONS = 1000, 100
 
 
@@ -159,7 +159,7 @@ class FasterRCNN(Detector):
         maps = list(self.pyramid(images).values())
         outputs = self.rpn(maps)
         with torch.autocast(images.device.type, enabled=False):
-            return maps, self.rpn.propose(outputs, sizes, candidates=_CANDIDATES)
+            return maps, self.rpn.propose(outputs, sizes, candidates=PROPOSAL_CANDIDATES)
 
 
 class MaskRCNN(FasterRCNN):
@@ -228,10 +228,10 @@ class MaskRCNN(FasterRCNN):
         return super().loss(images, sizes, targets)
 
     def _raw(self, maps: list[Tensor]) -> dict[str, Any]:
-        pooled = self.roi_heads.pooling.whole(maps, _MASK_SIDE).repeat_interleave(_DUMMY_DETECTIONS, dim=0)
-        return {**super()._raw(maps), "mask_logits": self._segment(pooled)}
+        pooled = self.roi_heads.pooling.whole(maps, MASK_SIDE).repeat_interleave(_DUMMY_DETECTIONS, dim=0)
+        return {**super()._raw(maps), "mask_logits": self.segment(pooled)}
 
-    def _segment(self, pooled: Tensor) -> Tensor:
+    def segment(self, pooled: Tensor) -> Tensor:
         """Mask logits ``(R, num_classes, 28, 28)`` of pooled features ``(R, C, 14, 14)``."""
         heads = self.roi_heads.get_submodule
         logits: Tensor = heads("mask_predictor")(heads("mask_head")(pooled))
@@ -239,7 +239,7 @@ class MaskRCNN(FasterRCNN):
 
     def _mask_logits(self, maps: list[Tensor], boxes: list[Tensor], labels: Tensor) -> Tensor:
         """Mask logits ``(R, 28, 28)`` of regions ``(R_b, 4)`` of each image, of one class each, in float32."""
-        logits = self._segment(self.roi_heads.pooling(maps, boxes, _MASK_SIDE))
+        logits = self.segment(self.roi_heads.pooling(maps, boxes, MASK_SIDE))
         return logits[torch.arange(len(labels), device=labels.device), labels].float()
 
     def _roi_losses(

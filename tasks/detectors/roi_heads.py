@@ -124,7 +124,7 @@ class RoIHeads(nn.Module):
             Class logits ``(R, num_classes + 1)``, the background last, and offsets ``(R, num_classes, 4)``.
         """
         logits, deltas = self.box_predictor(self.box_head(pooled))
-        return logits, deltas.view(len(deltas), self.num_classes, 4)
+        return logits, deltas.view(-1, self.num_classes, 4)
 
     def draw(self, proposals: Sequence[Tensor], boxes: Sequence[Tensor]) -> list[Samples]:
         """Samples of each image: its objects themselves and its proposals, a quarter of them positive at most.

@@ -65,6 +65,32 @@ class RoIPooling:
             return maps[0].new_zeros(0, maps[0].shape[1], size, size)
         return torch.cat(pooled)[order.argsort()]
 
+    def by_selection(self, maps: Sequence[Tensor], boxes: Tensor, size: int) -> Tensor:
+        """The same without any look at numbers: shapes follow from shapes.
+
+        Every level pools all regions. Those that are another level's are shrunk to a point there, for which RoIAlign
+        takes no sample and gives zeros, so that the sum over the levels has the digits of the one that fits.
+
+        Args:
+            maps: Pyramid levels ``(B, C, H, W)``, finest first.
+            boxes: Regions ``(B, R, 4)``, float32 xyxy in pixels.
+            size: Side of the result.
+
+        Returns:
+            ``(B * R, C, size, size)``, image by image.
+        """
+        image = torch.arange(boxes.shape[0], device=boxes.device).to(boxes.dtype)[:, None, None]
+        image = image.expand(-1, boxes.shape[1], 1).flatten(0, 1)
+        flat = boxes.flatten(0, 1)
+        levels = self.levels(flat)[:, None]
+        total: Tensor | None = None
+        for number in range(len(self.strides)):
+            regions = torch.cat([image, flat * (levels == number).to(flat.dtype)], dim=1)
+            pooled = self._pool_level(maps, regions, number, size)
+            total = pooled if total is None else total + pooled
+        assert total is not None
+        return total
+
     def whole(self, maps: Sequence[Tensor], size: int) -> Tensor:
         """Features of each whole image, which needs no look at numbers: it goes on the meta device too.
 

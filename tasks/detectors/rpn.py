@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _SAMPLES = 256
 _POSITIVE_FRACTION = 0.5
 _POSITIVE_IOU, _NEGATIVE_IOU = 0.7, 0.3
-_PROPOSALS = 1000
-_SUPPRESSION_IOU = 0.7
+PROPOSALS = 1000
+SUPPRESSION_IOU = 0.7
 
 
 class RpnOutputs(NamedTuple):
@@ -69,7 +69,7 @@ class RegionProposalNetwork(nn.Module):
         logits, deltas = self.head(maps)
         return RpnOutputs(
             [level.permute(0, 2, 3, 1).flatten(1) for level in logits],
-            [level.permute(0, 2, 3, 1).reshape(len(level), -1, 4) for level in deltas],
+            [level.permute(0, 2, 3, 1).reshape(level.shape[0], -1, 4) for level in deltas],
             [(level.shape[-2], level.shape[-1]) for level in maps],
         )
 
@@ -157,4 +157,4 @@ def _survivors(boxes: Tensor, scores: Tensor, levels: Tensor) -> Tensor:
     """Proposals of one image, without those that the border cut down to a line and without near duplicates."""
     solid = torch.nonzero(((boxes[:, 2:] - boxes[:, :2]) > 0).all(dim=1)).squeeze(1)
     boxes, scores, levels = boxes[solid], scores[solid], levels[solid]
-    return boxes[suppress(boxes, scores, levels, _SUPPRESSION_IOU)[:_PROPOSALS]]
+    return boxes[suppress(boxes, scores, levels, SUPPRESSION_IOU)[:PROPOSALS]]

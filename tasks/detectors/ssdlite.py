@@ -128,12 +128,15 @@ class SSDLite(Detector):
 
     def _run(self, images: Tensor) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
         """Head outputs as in `forward`, and the size of each level's map."""
-        maps = self._maps(images)
-        boxes, logits = zip(*(head(level) for head, level in zip(self.heads, maps, strict=True)), strict=True)
-        outputs = {"cls_logits": torch.cat(logits, dim=1), "bbox_regression": torch.cat(boxes, dim=1)}
-        return outputs, [(level.shape[-2], level.shape[-1]) for level in maps]
+        maps = self.maps(images)
+        return self.apply_heads(maps), [(level.shape[-2], level.shape[-1]) for level in maps]
 
-    def _maps(self, images: Tensor) -> list[Tensor]:
+    def apply_heads(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Raw outputs as in `forward`, of the map of each level."""
+        boxes, logits = zip(*(head(level) for head, level in zip(self.heads, maps, strict=True)), strict=True)
+        return {"cls_logits": torch.cat(logits, dim=1), "bbox_regression": torch.cat(boxes, dim=1)}
+
+    def maps(self, images: Tensor) -> list[Tensor]:
         """The map of each level, finest first."""
         given: dict[str, Tensor] = self.backbone(images)
         maps: list[Tensor] = []

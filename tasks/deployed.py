@@ -1,0 +1,268 @@
+"""What a task gives for export, for measuring speed and for the callback: its network with all around it.
+
+Normalisation goes in at one end, thresholds and the suppression of duplicates at the other, so that whoever runs an
+exported model needs neither our code nor our constants.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from effvit import __version__
+from effvit.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from effvit.categories import Categories
+    from effvit.tasks.detectors._contract import Detector
+    from effvit.tasks.detectors._deployed import FixedDetector
+    from effvit.tasks.detectors.rcnn import FasterRCNN
+    from effvit.tasks.detectors.retinanet import RetinaNet
+    from effvit.tasks.detectors.ssdlite import SSDLite
+
+
+class Deployed(nn.Module, ABC):
+    """A network from the pixels of images to what a user reads, with shapes that follow from shapes alone.
+
+    It shares the layers of the task that it was made of, weights and mode alike, and changes neither when it is made:
+    whoever runs it puts it into eval mode, leaves gradients off (``torch.no_grad()``), and calls the task's ``train()``
+    again where that goes on training.
+
+    Args:
+        categories: The classes.
+        mean: Channel means in ``[0, 1]``.
+        std: Channel standard deviations in ``[0, 1]``.
+        settings: What else `metadata` is to hold, JSON-able.
+
+    Attributes:
+        task: ``classification`` or ``detection``.
+        input_names: Names of what `forward` takes, in order.
+        output_names: Names of what `forward` returns, in order.
+        parts: Names of submodules by part of a detector; all of them are called as modules. One may lie in another.
+        dynamic_batch: Whether it can be exported for any batch size; otherwise the one that it is exported with counts.
+    """
+
+    task: ClassVar[Literal["classification", "detection"]]
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    parts: Mapping[str, tuple[str, ...]]
+    dynamic_batch: bool
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self, categories: Categories, mean: Sequence[float], std: Sequence[float], settings: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.categories = categories
+        self._settings = {**settings, "mean": list(mean), "std": list(std)}
+        deviation = torch.tensor(std).view(1, 3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * deviation), persistent=False)
+        self.register_buffer("shift", torch.tensor(mean).view(1, 3, 1, 1) / deviation, persistent=False)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """`_task.normalise` without its padding, which also leaves the given images as they are."""
+        return images.to(torch.float32) * self.scale - self.shift
+
+    @abstractmethod
+    def unpack(
+        self, outputs: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[dict[str, Any]]:
+        """What a run of the network says, image by image, as ``predict_step`` words it.
+
+        Args:
+            outputs: One array for each of `output_names`, on the CPU.
+            original_sizes: ``(height, width)`` of each image as it was before it was resized, for masks.
+        """
+
+    @abstractmethod
+    def example_inputs(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Noise of the form that `forward` takes, always the same.
+
+        Args:
+            batch: Images.
+            size: Height and width in pixels.
+        """
+
+    def metadata(self) -> dict[str, Any]:
+        """What a user of the exported file has to know, JSON-able.
+
+        ``categories`` are names by category id, in the order of the labels that the network gives; ids are text, as in
+        JSON.
+        """
+        return {
+            "task": self.task,
+            "categories": {str(key): name for key, name in self.categories.to_dict().items()},
+            **self._settings,
+            "input_names": list(self.input_names),
+            "output_names": list(self.output_names),
+            "parameters": sum(parameter.numel() for parameter in self.parameters()),
+            "effvit_version": __version__,
+        }
+
+
+class DeployedClassifier(Deployed):
+    """A classifier that takes pixels and gives probabilities.
+
+    Args:
+        network: From normalised images ``(B, 3, H, W)`` to logits ``(B, K)``.
+        categories: The classes.
+        mean: Channel means in ``[0, 1]``.
+        std: Channel standard deviations in ``[0, 1]``.
+        settings: What else `metadata` is to hold, JSON-able.
+    """
+
+    task = "classification"
+    input_names = ("images",)
+    output_names = ("probabilities",)
+    parts: Mapping[str, tuple[str, ...]] = {}
+    dynamic_batch = True
+
+    def __init__(
+        self,
+        network: nn.Module,
+        categories: Categories,
+        mean: Sequence[float],
+        std: Sequence[float],
+        settings: Mapping[str, Any],
+    ) -> None:
+        super().__init__(categories, mean, std, settings)
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class probabilities ``(B, K)``, float32.
+
+        Args:
+            images: uint8 or float32 from 0 to 255 ``(B, 3, H, W)``, RGB.
+        """
+        logits: Tensor = self.network(self._normalised(images).to(_dtype(self.network)))
+        return logits.float().softmax(-1)
+
+    def unpack(
+        self,
+        outputs: Sequence[Tensor],
+        original_sizes: Sequence[tuple[int, int]] | None = None,  # noqa: ARG002 - for detectors
+    ) -> list[dict[str, Any]]:
+        """``probabilities`` ``(K,)`` of each image."""
+        return [{"probabilities": own} for own in outputs[0]]
+
+    def example_inputs(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """See `Deployed.example_inputs`."""
+        return (_noise(batch, size),)
+
+
+class DeployedDetector(Deployed):
+    """A detector that takes pixels and gives a fixed number of detections, with the digits of `Detector.predict`.
+
+    Args:
+        detector: RetinaNet, Faster R-CNN, Mask R-CNN or SSDLite.
+        categories: The classes.
+        mean: Channel means in ``[0, 1]``.
+        std: Channel standard deviations in ``[0, 1]``.
+        settings: What else `metadata` is to hold, JSON-able.
+    """
+
+    task = "detection"
+    input_names = ("images", "sizes", "original_sizes")
+    dynamic_batch = False
+
+    def __init__(
+        self,
+        detector: Detector,
+        categories: Categories,
+        mean: Sequence[float],
+        std: Sequence[float],
+        settings: Mapping[str, Any],
+    ) -> None:
+        super().__init__(categories, mean, std, {**settings, **_limits(detector)})
+        self.detector = _fixed(detector)
+        self.output_names = self.detector.outputs
+        self.parts = {part: tuple(f"detector.{name}" for name in names) for part, names in self.detector.parts.items()}
+
+    def forward(self, images: Tensor, sizes: Tensor, original_sizes: Tensor) -> tuple[Tensor, ...]:
+        """Detections of each image, D (``detections_per_image``) at most, best first.
+
+        Args:
+            images: uint8 or float32 from 0 to 255 ``(B, 3, H, W)``, RGB, padded at the bottom and at the right.
+            sizes: ``(height, width)`` of each image before padding ``(B, 2)``, int64.
+            original_sizes: The same before it was resized ``(B, 2)``, int64.
+
+        Returns:
+            ``boxes`` ``(B, D, 4)``, float32 xyxy in pixels of the original image, 0 where there are fewer; ``scores``
+            ``(B, D)``, float32, 0 there; ``labels`` ``(B, D)``, int64, -1 there; and of Mask R-CNN ``masks``
+            ``(B, D, 28, 28)``, probabilities inside the boxes.
+        """
+        images = self._normalised(images)
+        images = images.masked_fill(~_inside(images, sizes), 0).to(_dtype(self.detector))
+        found: tuple[Tensor, ...] = self.detector(images, sizes, original_sizes)
+        return found
+
+    def unpack(
+        self, outputs: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[dict[str, Any]]:
+        """``boxes`` ``(N, 4)``, ``scores`` ``(N,)``, ``labels`` ``(N,)`` and of masks ``rles`` of each image."""
+        found = []
+        for number, arrays in enumerate(zip(*outputs, strict=True)):
+            own = dict(zip(self.output_names, arrays, strict=True))
+            present = own["labels"] >= 0
+            one: dict[str, Any] = {name: values[present] for name, values in own.items()}
+            if "masks" in one:
+                from effvit.tasks.detectors.masks import paste
+
+                if original_sizes is None:
+                    raise ExportError("masks are pasted into their images: pass original_sizes")
+                one["rles"] = paste(one.pop("masks"), one["boxes"], original_sizes[number])
+            found.append(one)
+        return found
+
+    def example_inputs(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """See `Deployed.example_inputs`; the images are neither padded nor resized."""
+        sizes = torch.tensor([size] * batch)
+        return _noise(batch, size), sizes, sizes.clone()
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """The type of a network's weights: float32 unless it was cast."""
+    return next(module.parameters()).dtype
+
+
+def _noise(batch: int, size: tuple[int, int]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=generator)
+
+
+def _inside(images: Tensor, sizes: Tensor) -> Tensor:
+    """Which pixels of a batch ``(B, C, H, W)`` are no padding ``(B, 1, H, W)``."""
+    rows = torch.arange(images.shape[2], device=images.device)[:, None] < sizes[:, 0, None, None]
+    columns = torch.arange(images.shape[3], device=images.device) < sizes[:, 1, None, None]
+    return (rows & columns)[:, None]
+
+
+def _limits(detector: Detector) -> dict[str, Any]:
+    """Thresholds of a detector, for its metadata."""
+    owner = getattr(detector, "roi_heads", detector)
+    names = ("score_threshold", "nms_threshold", "detections_per_image")
+    return {name: getattr(owner, name) for name in names}
+
+
+def _fixed(detector: Detector) -> FixedDetector:
+    """The view of a detector with fixed shapes; its module is imported when it is asked for, as the detector's is."""
+    name = type(detector).__name__
+    if name == "RetinaNet":
+        from effvit.tasks.detectors._deployed_retinanet import FixedRetinaNet
+
+        return FixedRetinaNet(cast("RetinaNet", detector))
+    if name in {"FasterRCNN", "MaskRCNN"}:
+        from effvit.tasks.detectors._deployed_rcnn import FixedRCNN
+
+        return FixedRCNN(cast("FasterRCNN", detector))
+    if name == "SSDLite":
+        from effvit.tasks.detectors._deployed_ssdlite import FixedSSDLite
+
+        return FixedSSDLite(cast("SSDLite", detector))
+    raise ExportError(f"there is no export of a {name}: RetinaNet, Faster R-CNN, Mask R-CNN and SSDLite have one")
