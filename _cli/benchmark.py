@@ -166,7 +166,11 @@ def _measure(
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
     environment = {**report.environment, "allocator": own.allocator_in_force}
-    return replace(report, environment=environment, command=shlex.join(["effvit", "benchmark", *words]))
+    return replace(report, environment=environment, command=_command(words))
+
+
+def _command(words: Sequence[str]) -> str:
+    return shlex.join(["effvit", "benchmark", *words])
 
 
 def _write(report: Report, output: Path, extra: str = "") -> None:
@@ -201,7 +205,10 @@ def _run_protocol(own: argparse.Namespace, words: Sequence[str]) -> int:
     if protocol.name == "mobile":
         from effvit._cli.mobile import measure_mobile
 
-        report = measure_mobile(_subjects(own, own.models or _models(protocol)), own, output)
+        _make_folder(output)
+        specs = [parse_spec(text) for text in own.models or _models(protocol)]
+        report = measure_mobile(specs, output, threads=own.threads or 1, rounds=own.rounds, seconds=own.seconds)
+        report = replace(report, command=_command(words))
     else:
         _say_departures(own, protocol)
         own.device = own.device or protocol.device
