@@ -4,6 +4,7 @@ from effvit.callbacks.checkpoints import RunCheckpoint
 from effvit.callbacks.classification import ClassificationReport
 from effvit.callbacks.drawing import captioned, class_colour, draw_detections, draw_kept_patches, panel_grid
 from effvit.callbacks.ema import EMA, select_weights
+from effvit.callbacks.hardware_benchmark import HardwareBenchmark
 from effvit.callbacks.predictions import ClassificationWriter, PredictionWriter
 from effvit.callbacks.progress import Progress
 from effvit.callbacks.report import RunReport
@@ -12,6 +13,7 @@ __all__ = [
     "EMA",
     "ClassificationReport",
     "ClassificationWriter",
+    "HardwareBenchmark",
     "PredictionWriter",
     "Progress",
     "RunCheckpoint",

@@ -43,37 +43,57 @@ def format_count(number: int) -> str:
     return str(number)
 
 
-def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
+def metrics_table(metrics: Mapping[str, float], title: str, hardware: Mapping[str, float] | None = None) -> Table:
     """One row for boxes, and one for masks where there are (``mask_AP50``); one of a classifier; else name and value.
 
     Args:
         metrics: Values by name, without ``val/`` or ``test/``.
         title: Heading.
+        hardware: What `HardwareBenchmark` has logged, without ``hardware/``: latency and memory of each batch size get
+            columns of their own, ``ms b1`` and ``MB b1``.
     """
+    costs = _costs(hardware or {})
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, min_width=len(title)
     )  # else a narrow table breaks its title into lines
     if "top1" in metrics:
         names = [name for name in _CLASSIFICATION_COLUMNS if name in metrics]
-        for name in names:
+        for name in (*names, *costs):
             table.add_column(name, justify="right")
-        table.add_row(*(format_metric(metrics[name]) for name in names))
+        table.add_row(*(format_metric(metrics[name]) for name in names), *costs.values())
         return table
     if "AP" not in metrics:
         table.add_column("metric")
         table.add_column("value", justify="right")
-        for name, value in metrics.items():
-            table.add_row(name, format_metric(value))
+        for name, text in ({name: format_metric(value) for name, value in metrics.items()} | costs).items():
+            table.add_row(name, text)
         return table
     rows = {"boxes": ""} | ({"masks": "mask_"} if "mask_AP" in metrics else {})
     if len(rows) > 1:
         table.add_column("")
-    for name in COCO_COLUMNS:
+    for name in (*COCO_COLUMNS, *costs):
         table.add_column(name, justify="right")
     for row, prefix in rows.items():
         values = [format_metric(metrics.get(prefix + name)) for name in COCO_COLUMNS]
+        values += costs.values() if prefix == "" else []  # boxes and masks come from one pass
         table.add_row(*([row] if len(rows) > 1 else []), *values)
     return table
+
+
+def _costs(hardware: Mapping[str, float]) -> dict[str, str]:
+    """Columns of latency, then of memory, with three digits."""
+    units = {"latency_ms_": "ms", "peak_memory_mb_": "MB"}
+    return {
+        f"{unit} {name.removeprefix(prefix)}": _three_digits(value)
+        for prefix, unit in units.items()
+        for name, value in hardware.items()
+        if name.startswith(prefix)
+    }
+
+
+def _three_digits(value: float) -> str:
+    decimals = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{min(max(decimals, 0), 3)}f}"
 
 
 def class_table(per_class: Sequence[tuple[str, Sequence[float]]], measures: Sequence[str]) -> Table:

@@ -37,7 +37,7 @@ class RunReport(Callback):
     resumed run goes on with the same curves. The table has AP, AP50, AP75, APs, APm and APl of boxes and of masks (a
     dash where COCO has nothing to find), and the AP of each class where the task computes it; for a classifier top-1,
     top-5, loss and calibration error, and the accuracy of each class, or of the worst and the best ten of more than a
-    hundred.
+    hundred. Where `HardwareBenchmark` runs too, latency and memory stand beside them.
 
     Pictures need a task whose ``validation_step`` returns ``{"detections": [...]}`` (``boxes`` as (x1, y1, x2, y2) in
     pixels of the original image, ``scores``, ``labels``, and for masks ``rles``, compressed COCO masks at the original
@@ -178,7 +178,7 @@ class RunReport(Callback):
         self.write_curves(folder)
         if self._evaluations:
             step, row = self._evaluations[-1]
-            self._print_metrics(pl_module, row, f"Validation at step {step}")
+            self._print_metrics(trainer, pl_module, row, f"Validation at step {step}")
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         lines = {
             "run folder": str(folder.resolve()),
@@ -195,7 +195,7 @@ class RunReport(Callback):
         prefix = {"validate": "val/", "test": "test/"}.get(stage)
         row = _metrics(trainer, prefix) if prefix else {}
         if row and trainer.is_global_zero:
-            self._print_metrics(pl_module, row, "Validation" if stage == "validate" else "Test")
+            self._print_metrics(trainer, pl_module, row, "Validation" if stage == "validate" else "Test")
             _print_lines({"run folder": str(run_folder(trainer).resolve())})
 
     def write_curves(self, folder: Path) -> None:
@@ -245,13 +245,15 @@ class RunReport(Callback):
         with whole_file(folder / "predictions.png") as temporary:
             sheet.save(temporary, format="png")
 
-    def _print_metrics(self, pl_module: LightningModule, row: Mapping[str, float], title: str) -> None:
+    def _print_metrics(
+        self, trainer: Trainer, pl_module: LightningModule, row: Mapping[str, float], title: str
+    ) -> None:
         console = get_console()
         shown = {name: value for name, value in row.items() if not name.startswith("ema_")}
         updates = row.get("ema_updates")
         weights = "" if updates is None else f" ({'averaged' if updates else 'raw'} weights)"
         console.print()
-        console.print(metrics_table(shown, title + weights))
+        console.print(metrics_table(shown, title + weights, _metrics(trainer, "hardware/")))
         per_class, measures = _per_class(pl_module)
         if per_class:
             console.print(class_table(per_class, measures))

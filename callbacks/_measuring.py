@@ -1,0 +1,127 @@
+"""What one network costs here and now: latency, throughput, peak memory, parameters, multiply-accumulates."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from effvit.deploy._fit import PeakOfTensors, is_out_of_memory
+from effvit.deploy.flops import count_macs
+from effvit.deploy.records import Record, Subject
+from effvit.deploy.statistics import summarise
+from effvit.deploy.timing import time_in_rounds, warm_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+_log = logging.getLogger(__name__)
+
+#: Of one visit to each batch size, and how many there are: less than two seconds for each of them.
+ROUNDS = 9
+SECONDS = 0.15
+
+
+def measure(
+    subject: Subject,
+    batches: Sequence[int],
+    device: torch.device,
+    precision: str,
+    place: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]],
+) -> list[Record]:
+    """Measures a network as it is, on the device where it is, all batch sizes in the same rounds.
+
+    Args:
+        subject: The network, in the mode in which it is to be measured.
+        batches: Batch sizes.
+        device: Where it is.
+        precision: What the records say of it.
+        place: Puts inputs on that device.
+
+    Returns:
+        One record for each batch size; without figures where memory ran out.
+    """
+    calls = {batch: _Call(subject, batch, place) for batch in sorted(set(batches))}
+    peaks = {batch: _first_pass(call, device) for batch, call in calls.items()}
+    fitting = {batch: call for batch, call in calls.items() if peaks[batch] is not None}
+    found = time_in_rounds(fitting, device.type, rounds=ROUNDS, seconds=SECONDS)
+    macs = next((count_macs(subject.module, *call.inputs) // batch for batch, call in fitting.items()), 0)
+    params = sum(parameter.numel() for parameter in subject.module.parameters())
+    records = []
+    for batch in dict.fromkeys(batches):
+        latency = summarise(found[batch]) if batch in found else None
+        records.append(
+            Record(
+                model=subject.name,
+                runtime="eager",
+                precision=precision,
+                device=device.type,
+                threads=torch.get_num_threads(),
+                batch=batch,
+                asked_batch=batch,
+                size=subject.size,
+                latency=latency,
+                throughput=batch / latency.median if latency else None,
+                peak_memory=peaks[batch],
+                params=params,
+                macs=macs,
+                error=None,
+                agreement=None,
+                prepare_seconds=None,
+                speedup=None,
+                note="" if latency else "memory ran out",
+            )
+        )
+    return records
+
+
+def _first_pass(call: _Call, device: torch.device) -> int | None:
+    """Warms up; the peak memory of a pass, or ``None`` where memory ran out."""
+    try:
+        peak = _peak_memory(call, device)
+        warm_up(call, device.type)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _log.warning("the hardware benchmark skips batches of %d images: memory ran out", call.batch)
+        call.inputs = ()
+        return None
+    return peak
+
+
+class _Call:
+    """One forward pass on inputs of its own, which are made for the first one.
+
+    Attributes:
+        batch: Images.
+        inputs: What the network takes.
+    """
+
+    def __init__(self, subject: Subject, batch: int, place: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]) -> None:
+        self.batch = batch
+        self.inputs: tuple[Tensor, ...] = ()
+        self._subject = subject
+        self._place = place
+
+    def __call__(self) -> Any:
+        self.inputs = self.inputs or self._place(self._subject.make_inputs(self.batch))
+        return self._subject.module(*self.inputs)
+
+
+def _peak_memory(call: _Call, device: torch.device) -> int:
+    """Bytes that a forward pass adds to weights and inputs.
+
+    On a GPU what torch has allocated, on a CPU the tensors that are alive at once, without what operators use inside.
+    """
+    call()  # makes the inputs, and on a GPU the workspaces of the libraries
+    if device.type != "cuda":
+        with PeakOfTensors() as live:
+            call()
+        return live.peak
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before

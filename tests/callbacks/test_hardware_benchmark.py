@@ -1,0 +1,246 @@
+"""The model in training is measured, and its training never notices."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from effvit.callbacks import EMA, HardwareBenchmark, RunCheckpoint, RunReport, _measuring
+from effvit.callbacks._tables import metrics_table
+from effvit.callbacks._undisturbed import undisturbed
+from effvit.errors import ConfigError
+
+_SPEC = importlib.util.spec_from_file_location("resume_helper", Path(__file__).with_name("resume_helper.py"))
+helper = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(helper)
+
+
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch):
+    monkeypatch.setattr(_measuring, "ROUNDS", 3)
+    monkeypatch.setattr(_measuring, "SECONDS", 0.002)
+    monkeypatch.setattr(_measuring, "warm_up", lambda call, _: call())
+
+
+class Restless(helper.Tiny):
+    """Draws numbers and counts its calls in a buffer, in eval mode too; a part of it stays in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = torch.zeros(1, 6)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.measured: list[tuple[Any, ...]] = []
+
+    def on_fit_start(self) -> None:
+        self.network[1].eval()
+
+    def on_train_epoch_start(self) -> None:
+        self.network[1].eval()
+
+    def forward(self, images):
+        self.calls += 1
+        self.measured.append((images.shape[0], self.training, self.network[2].training))
+        with torch.no_grad():
+            self.network[0].bias.add_(1.0)
+            self.network[1].running_mean += torch.rand(8) + random.random() + float(np.random.rand())  # noqa: NPY002
+        return self.network(images)
+
+
+def _fit(folder: Path, *callbacks: pl.Callback, **options: Any) -> tuple[pl.Trainer, Restless]:
+    model = Restless()
+    random.seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    trainer = helper.make_trainer(folder, [*callbacks, EMA(0.8)], **options)
+    trainer.fit(model, helper.Loader(), helper.validation_loader())
+    model.events.append((random.random(), float(np.random.rand()), float(torch.rand(())), torch.get_num_threads()))  # noqa: NPY002
+    return trainer, model
+
+
+def test_a_training_ends_bit_for_bit_as_one_without(tmp_path):
+    threads = torch.get_num_threads()
+    plain, expected = _fit(tmp_path / "plain")
+    benchmark = HardwareBenchmark(every_n_epochs=1, batch_sizes=[1, 3], threads=threads + 1)
+    measured, found = _fit(tmp_path / "measured", benchmark)
+    assert {batch for batch, *_ in found.measured} == {1, 3}
+    assert not any(training or dropout for _, training, dropout in found.measured)
+    assert found.events == expected.events  # losses, metrics, random numbers after it, threads
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    states = [trainer.optimizers[0].state_dict()["state"] for trainer in (plain, measured)]
+    assert states[0].keys() == states[1].keys()
+    for index, state in states[0].items():
+        assert all(torch.equal(states[1][index][name], value) for name, value in state.items())
+
+
+def test_all_is_put_back_after_an_error_too():
+    model = Restless().train()
+    model.network[1].eval()
+    model.network[3].weight.requires_grad_(False)
+    model.network[0].weight.grad = gradient = torch.ones_like(model.network[0].weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    state, threads, benchmark = torch.get_rng_state(), torch.get_num_threads(), torch.backends.cudnn.benchmark
+    with pytest.raises(RuntimeError, match="halfway"), undisturbed(model, torch.device("cpu")):  # noqa: PT012
+        model.eval().requires_grad_(True)
+        model(torch.rand(2, 6))
+        model.zero_grad()
+        model.network[1].register_buffer("cache", torch.zeros(1), persistent=False)
+        torch.set_num_threads(threads + 1)
+        torch.backends.cudnn.benchmark = not benchmark
+        raise RuntimeError("halfway")
+    assert [module.training for module in model.modules()] == modes
+    assert not model.network[3].weight.requires_grad
+    assert model.network[0].weight.grad is gradient
+    assert "cache" not in dict(model.network[1].named_buffers())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (torch.get_num_threads(), torch.backends.cudnn.benchmark) == (threads, benchmark)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_what_has_not_changed_is_not_written():
+    model = nn.Linear(2, 2)
+    version = model.weight._version
+    with undisturbed(model, torch.device("cpu")), torch.no_grad():
+        model(torch.ones(1, 2))
+    assert model.weight._version == version
+
+
+@pytest.mark.parametrize(
+    ("every", "options", "steps"),
+    [
+        (0, {}, [28]),
+        (1, {}, [7, 14, 21, 28]),
+        (2, {"val_check_interval": 3}, [10, 24, 28]),
+        (3, {"check_val_every_n_epoch": 2}, [28]),
+        (1, {"limit_val_batches": 0}, [28]),
+    ],
+)
+def test_when_it_measures(tmp_path, every, options, steps):
+    _fit(tmp_path, HardwareBenchmark(every), **options)
+    measurements = json.loads((tmp_path / "hardware.json").read_text())["measurements"]
+    assert [entry["step"] for entry in measurements] == steps
+
+
+def test_what_it_leaves(tmp_path, capsys):
+    logger, model = pl.loggers.CSVLogger(tmp_path, "logs"), Restless()
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_epochs=4,
+        logger=logger,
+        callbacks=[HardwareBenchmark(2, [1, 3]), RunReport(images=0)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(model, helper.Loader(), helper.validation_loader())
+    entry = json.loads((tmp_path / "hardware.json").read_text())["measurements"][-1]
+    one, three = entry["records"]
+    assert (entry["stage"], entry["epoch"], entry["step"]) == ("fit", 3, 28)
+    assert (one["batch"], three["batch"], one["precision"], one["device"]) == (1, 3, "fp32", "cpu")
+    assert one["params"] == sum(parameter.numel() for parameter in model.parameters())
+    assert one["macs"] == 6 * 8 + 8
+    assert three["peak_memory"] > one["peak_memory"] > 0
+    assert len(one["latency"]["rounds"]) == 3
+    assert entry["environment"]["torch"] == torch.__version__
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("hardware/")}
+    assert metrics["hardware/latency_ms_b1"] == pytest.approx(1000 * one["latency"]["median"])
+    assert metrics["hardware/throughput_b3"] == pytest.approx(3 / three["latency"]["median"])
+    assert metrics["hardware/peak_memory_mb_b3"] == pytest.approx(three["peak_memory"] / 1e6)
+    header, *rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    column = header.split(",").index("hardware/latency_ms_b1")
+    assert sum(bool(row.split(",")[column]) for row in rows) == 2
+    assert "ms b3" in capsys.readouterr().out
+
+
+def test_it_goes_on_in_a_resumed_run(tmp_path):
+    _fit(tmp_path, HardwareBenchmark(2), RunCheckpoint(3), max_steps=21)
+    trainer = helper.make_trainer(tmp_path, [HardwareBenchmark(2), EMA(0.8), RunCheckpoint(3)])
+    trainer.fit(Restless(), helper.Loader(), helper.validation_loader(), ckpt_path=tmp_path / "last.ckpt")
+    measurements = json.loads((tmp_path / "hardware.json").read_text())["measurements"]
+    assert [entry["step"] for entry in measurements] == [14, 21, 28]
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_an_evaluation_measures_and_its_metrics_say_so(tmp_path, verb):
+    model = Restless()
+    model.test_step = model.validation_step
+    trainer = helper.make_trainer(tmp_path, [HardwareBenchmark(batch_sizes=[2])])
+    getattr(trainer, verb)(model, helper.validation_loader(), verbose=False)
+    assert float(trainer.callback_metrics["hardware/latency_ms_b2"]) > 0
+    assert model.calls == 0
+
+
+def test_memory_that_runs_out_is_reported_and_the_training_goes_on(tmp_path, caplog):
+    class Large(Restless):
+        def forward(self, images):
+            if images.shape[0] > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().forward(images)
+
+    model = Large()
+    trainer = helper.make_trainer(tmp_path, [HardwareBenchmark(batch_sizes=[1, 64])])
+    trainer.fit(model, helper.Loader(), helper.validation_loader())
+    assert trainer.global_step == 28
+    assert "skips batches of 64 images" in caplog.text
+    small, large = json.loads((tmp_path / "hardware.json").read_text())["measurements"][-1]["records"]
+    assert small["latency"] is not None
+    assert (large["latency"], large["note"]) == (None, "memory ran out")
+    assert "hardware/latency_ms_b64" not in trainer.callback_metrics
+
+
+def test_another_error_is_not_hidden(tmp_path):
+    class Broken(Restless):
+        def forward(self, images):
+            raise RuntimeError("a bug")
+
+    trainer = helper.make_trainer(tmp_path, [HardwareBenchmark()])
+    with pytest.raises(RuntimeError, match="a bug"):
+        trainer.fit(Broken(), helper.Loader(), helper.validation_loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"every_n_epochs": -1}, "every_n_epochs of 0 or more"),
+        ({"batch_sizes": []}, r"batch_sizes.* not 0, \[\]"),
+        ({"batch_sizes": [0]}, "batch_sizes"),
+        ({"image_size": (64, 0)}, "image_size"),
+        ({"threads": 0}, "threads"),
+    ],
+)
+def test_options_out_of_range(options, match):
+    with pytest.raises(ConfigError, match=match):
+        HardwareBenchmark(**options)
+
+
+def test_a_module_that_says_nothing_of_its_input_is_refused_at_the_start(tmp_path):
+    trainer = helper.make_trainer(tmp_path, [HardwareBenchmark()])
+    model = helper.Tiny()
+    with pytest.raises(ConfigError, match=r"cannot measure a Tiny.*example_input_array"):
+        trainer.fit(model, helper.Loader(), helper.validation_loader())
+    assert trainer.global_step == 0
+    with pytest.raises(ConfigError, match="leave image_size out"):
+        helper.make_trainer(tmp_path, [HardwareBenchmark(image_size=(32, 32))]).fit(Restless(), helper.Loader())
+
+
+def test_columns_beside_the_accuracy():
+    hardware = {"latency_ms_b1": 4.3129, "throughput_b1": 231.0, "peak_memory_mb_b1": 0.07219, "latency_ms_b16": 1234.5}
+    table = metrics_table({"top1": 0.5}, "Validation", hardware)
+    assert [column.header for column in table.columns] == ["top1", "ms b1", "ms b16", "MB b1"]
+    assert [next(iter(column.cells)) for column in table.columns] == ["0.500", "4.31", "1234", "0.072"]
+    table = metrics_table({"AP": 0.5, "mask_AP": 0.4}, "Validation", hardware)
+    assert list(table.columns[-1].cells) == ["0.072", ""]
+    table = metrics_table({"loss": 0.5}, "Validation", hardware)
+    assert list(table.columns[0].cells) == ["loss", "ms b1", "ms b16", "MB b1"]
