@@ -26,13 +26,16 @@ class Deployable(Protocol):
         task: ``classification`` or ``detection``.
         input_names: What ``forward`` takes, images first.
         output_names: What it returns, in that order.
+        dynamic_batch: Whether ``torch.export`` can record it for any number of images.
     """
 
     task: str
+    dynamic_batch: bool
     input_names: Sequence[str]
     output_names: Sequence[str]
 
-    def __call__(self, *inputs: Tensor) -> Any: ...
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What `output_names` names."""
 
     def example_inputs(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """Noise of ``batch`` images of ``size`` (height, width) in pixels, with what else ``forward`` takes."""

@@ -2,38 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from effvit.deploy._formats_source import METADATA_KEY, Run, Source, as_list, graph_of, quiet, warm_up
+from effvit.deploy._runtimes_contract import copied
 
 _ENTRY = f"{METADATA_KEY}.json"
 
 
 def write_torchscript(source: Source, path: Path, text: str) -> None:
     """Traces the network, fused where it can be, and freezes it: what the papers' speed tests run."""
-    module = _fused(source.module)
+    module = copied(source.module, fused=True)
     warm_up(Source(module, source.inputs, source.input_names, source.output_names))
     with quiet(), torch.no_grad():
         # Tracing again to compare would record other caches than the first time; parity is checked on the file instead.
         traced = torch.jit.trace(module, source.inputs, check_trace=False)  # type: ignore[no-untyped-call]
         torch.jit.save(torch.jit.freeze(traced), path, _extra_files={_ENTRY: text})  # type: ignore[no-untyped-call]
-
-
-def _fused(module: nn.Module) -> nn.Module:
-    """A copy in which every submodule that can be fused is."""
-    module = copy.deepcopy(module)
-    names = [name for name, part in module.named_modules() if callable(getattr(part, "fuse", None))]
-    for name in names:
-        if not any(name.startswith(f"{other}.") or (not other and name) for other in names):
-            module.get_submodule(name).fuse()
-    return module
 
 
 def attach_torchscript(path: Path, text: str) -> None:

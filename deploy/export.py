@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import platform
 import shutil
@@ -12,16 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from effvit.deploy._formats_source import Deployable, Source
+from effvit.deploy._runtimes_contract import converting, copied
 from effvit.deploy.exported import Exported
 from effvit.deploy.formats import FORMATS, Format, check_writable, format_of
 from effvit.deploy.parity import Parity, parity
-from effvit.errors import ConfigError, EffvitError, ExportError
+from effvit.errors import ConfigError, ExportError
 
 #: Images of a graph that is to take any number of them: torch.export keeps a size of 1 as it is.
 _TRACED_BATCH = 2
@@ -96,7 +96,8 @@ def export(
         format_name: Name of the format.
         path: Where the file is to go.
         size: Height and width of its images in pixels.
-        batch: Images that it is to take at a time; ``None`` for any number, where the format can, otherwise for 1.
+        batch: Images that it is to take at a time; ``None`` for any number, where the format and the
+            network can, otherwise for 1.
         metadata: What is stored beside what the network says of itself: source, resize policy.
         samples: What ``forward`` takes of one real image each (a batch of 1), all of the same `size`. Without any,
             noise is compared.
@@ -111,14 +112,15 @@ def export(
     """
     entry = check_export(module.task, format_name, path, batch=batch)
     path = Path(path)
-    if batch is None and not entry.dynamic_batch:
+    if batch is None and not (entry.dynamic_batch and module.dynamic_batch):
         batch = 1
     module = _own_copy(module)
     source = _source(module, size, batch)
     facts = {**module.metadata(), **(metadata or {}), **_facts(entry, source, size, batch)}
     with _staged(path) as staged:
         started = time.perf_counter()
-        _write(entry, source, staged, facts)
+        with converting(source.module, entry.name):
+            entry.write(source, staged, json.dumps(facts))
         seconds = time.perf_counter() - started
         found = None
         if entry.runs_here():
@@ -132,9 +134,8 @@ def export(
 def _own_copy(module: Deployable) -> Deployable:
     """On the CPU, in float32, in eval mode: exporters change memory formats and fill caches."""
     assert isinstance(module, nn.Module)
-    own = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
-    assert isinstance(own, nn.Module)
-    return own  # type: ignore[return-value]
+    own: Any = copied(module, fused=False).cpu().float()
+    return cast("Deployable", own)
 
 
 def _source(module: Deployable, size: tuple[int, int], batch: int | None) -> Source:
@@ -202,33 +203,12 @@ def _move_into_place(folder: Path, target: Path) -> None:
         raise
 
 
-def _write(entry: Format, source: Source, path: Path, facts: Mapping[str, Any]) -> None:
-    try:
-        entry.write(source, path, json.dumps(facts))
-    except EffvitError:
-        raise
-    except Exception as error:  # whatever an exporter raises on a network that it does not understand
-        words = " ".join(str(error).split())[:500]
-        raise ExportError(
-            f"the network cannot be written as {entry.name} ({type(error).__name__}: {words}); "
-            "nothing was written. Other formats may do"
-        ) from error
-
-
 def _compare(
     module: Deployable, entry: Format, path: Path, facts: Mapping[str, Any], batches: list[tuple[Tensor, ...]]
 ) -> Parity:
-    try:
+    with converting(module, f"{entry.name} so that it runs"):
         exported = Exported(path, entry.name, facts, entry.open(path, None))
         return parity(module, exported, batches)
-    except EffvitError:
-        raise
-    except Exception as error:  # whatever a runtime raises on what its own exporter wrote
-        words = " ".join(str(error).split())[:500]
-        raise ExportError(
-            f"the network was written as {entry.name}, but that does not run ({type(error).__name__}: {words}); "
-            "nothing was kept. Other formats may do"
-        ) from error
 
 
 def _batches(
@@ -237,7 +217,8 @@ def _batches(
     """Samples put together to batches that the file takes; the last is filled up by beginning again."""
     samples = samples or [module.example_inputs(1, size) for _ in range(batch or sum(_CHECKED_BATCHES))]
     sizes = _CHECKED_BATCHES if batch is None else (batch,)
-    batches, taken = [], 0
+    batches: list[tuple[Tensor, ...]] = []
+    taken = 0
     while taken < len(samples) or len(batches) < len(sizes):
         number = sizes[len(batches) % len(sizes)]
         chosen = [samples[(taken + step) % len(samples)] for step in range(number)]
