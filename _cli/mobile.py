@@ -67,19 +67,20 @@ def measure_mobile(specs: Sequence[Spec], folder: Path, *, threads: int, rounds:
 def _installed() -> list[Format]:
     from effvit.deploy.formats import FORMATS, check_writable
 
-    found, missing = [], []
-    for name in _FORMATS:
+    def reason(entry: Format) -> str | None:
         try:
-            check_writable(FORMATS[name])
+            check_writable(entry)
         except ConfigError as error:
-            missing.append(str(error))
-        else:
-            found.append(FORMATS[name])
-    if not found:
+            return str(error)
+        return None
+
+    reasons = {name: reason(FORMATS[name]) for name in _FORMATS}
+    missing = [text for text in reasons.values() if text is not None]
+    if len(missing) == len(reasons):
         raise ConfigError(" ".join(missing))
-    for line in missing:
-        print(f"not measured: {line}", file=sys.stderr)
-    return found
+    for text in missing:
+        print(f"not measured: {text}", file=sys.stderr)
+    return [FORMATS[name] for name, text in reasons.items() if text is None]
 
 
 def _write(spec: Spec, entry: Format, folder: Path) -> _File:
