@@ -18,6 +18,7 @@ Train, evaluate and use efficient vision transformers on your own images.
   predict     apply to any images       effvit predict --checkpoint runs/digits/best.ckpt --images folder/
 
   benchmark   what it costs here        effvit benchmark efficientvit_m4 mobilevit_xxs@256
+  export      write it for elsewhere    effvit export --checkpoint runs/digits/best.ckpt --format onnx
 
   backbones   list the networks         effvit backbones 'efficientvit_*'
   configs     list shipped configs      effvit configs
@@ -71,6 +72,12 @@ def _tables(arguments: list[str]) -> int:
     return tables(arguments)
 
 
+def _export(arguments: list[str]) -> int:
+    from effvit._cli.export import export
+
+    return export(arguments)
+
+
 def _benchmark(arguments: list[str]) -> int:
     from effvit._cli.benchmark import benchmark
 
@@ -83,6 +90,7 @@ _VERBS: dict[str, Callable[[list[str]], int]] = {
     "test": _train("test"),
     "predict": _predict,
     "benchmark": _benchmark,
+    "export": _export,
     "backbones": _backbones,
     "configs": _configs,
     "check-data": _check_data,

@@ -278,6 +278,30 @@ class EffvitCLI(LightningCLI):
         log.info("run folder: %s", self.run.directory)
 
 
+def run_prediction(module: LightningModule, data: LightningDataModule, directory: Path, callback: Callback) -> None:
+    """Predicts with a module that is no task of a run, on the CPU, with the log and the progress of one.
+
+    Args:
+        module: Anything with ``predict_step``.
+        data: What it predicts on.
+        directory: Folder of the results.
+        callback: What writes them.
+    """
+    _quieten()
+    directory.mkdir(parents=True, exist_ok=True)
+    _log_to(directory)
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=str(directory),
+        callbacks=[Progress(), callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    trainer.predict(module, data, return_predictions=False)
+
+
 def _explain_memory(verb: str, shape: tuple[int, ...], detail: str) -> str:
     """What to do where memory ran out at a batch of images of this shape."""
     batch = f" at a batch of {shape[0]} images of {shape[-2]} x {shape[-1]} pixels" if len(shape) == 4 else ""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Of a detector: annotated pictures and a COCO results JSON in the output folder. Of a classifier: class names and scores,
 in the terminal and as a file in the output folder.
-Further options go to the Trainer, for example --trainer.accelerator gpu.
+Further options beside a checkpoint go to the Trainer, for example --trainer.accelerator gpu.
 """
 #: By task: the data module that feeds it, and the options that only it takes with their defaults.
 _DATA = {"detection": "effvit.datamodules.ImageFiles", "classification": "effvit.datamodules.ClassifiedFiles"}
@@ -43,6 +43,12 @@ def predict(words: Sequence[str]) -> int:
     """
     own, rest = _parser().parse_known_args(list(words))
     allocator = tune_allocator(own.allocator)
+    if (own.checkpoint is None) == (own.model is None):
+        raise ConfigError(
+            "effvit predict needs either --checkpoint FILE, of a run, or --model FILE, which effvit export wrote"
+        )
+    if own.model is not None:
+        return _predict_exported(own, rest)
     path, checkpoint = open_run(own.checkpoint, "predict")
     output = Path(own.output) if own.output else path.parent / "predictions"
     config = yaml.safe_load(stored_config(checkpoint, path, "predict"))
@@ -57,6 +63,42 @@ def predict(words: Sequence[str]) -> int:
     return status
 
 
+def _predict_exported(own: argparse.Namespace, rest: list[str]) -> int:
+    """Runs ``effvit predict --model``."""
+    if rest:
+        raise ConfigError(
+            f"{rest[0]} is not understood with --model: options of the Trainer go with --checkpoint. `effvit predict "
+            "--help` lists the others"
+        )
+    from effvit.deploy.exported import open_exported
+
+    path = Path(own.model)
+    exported = open_exported(path)
+    task = str(exported.metadata["task"])
+    options = _own_options(own, task, path)
+    if options.get("patches"):
+        raise ConfigError("--patches looks into the network, which an exported file does not let: pass --checkpoint")
+    from effvit._cli.exported_inputs import files_for
+    from effvit._cli.exported_task import ExportedTask
+    from effvit._cli.lightning import run_prediction
+
+    module = ExportedTask(exported)
+    data = files_for(
+        task,
+        exported.metadata["preprocessing"],
+        module.canvas,
+        own.images,
+        batch_size=own.batch_size,
+        num_workers=own.num_workers,
+        unreadable=own.unreadable,
+    )
+    output = Path(own.output) if own.output else path.parent / "predictions"
+    writer = _writer(task, output, options)
+    run_prediction(module, data, output, writer)
+    print(f"{writer.summary()}: {output}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="effvit predict",
@@ -64,9 +106,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--checkpoint", required=True, help="checkpoint of a run, or the run's folder")
+    parser.add_argument("--checkpoint", help="checkpoint of a run, or the run's folder")
+    parser.add_argument("--model", help="instead of a checkpoint: a file that effvit export wrote; runs on the CPU")
     parser.add_argument("--images", required=True, help="an image, or a folder of images (searched in depth)")
-    parser.add_argument("--output", help="folder for the results (default: predictions/ beside the checkpoint)")
+    parser.add_argument("--output", help="folder for the results (default: predictions/ beside the checkpoint or file)")
     parser.add_argument("--batch_size", type=int, default=1, help="images at a time (1)")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that load images (0)")
     parser.add_argument(
@@ -112,7 +155,7 @@ def _own_options(own: argparse.Namespace, task: str, path: Path) -> dict[str, An
         odd = [f"--{name}" for name in names if other != task and getattr(own, name) is not None]
         if odd:
             raise ConfigError(
-                f"{path} is a checkpoint of {task}, and {odd[0]} is an option of {other}. Leave it out; "
+                f"{path} is of {task}, and {odd[0]} is an option of {other}. Leave it out; "
                 "`effvit predict --help` lists the options of each."
             )
     given = {name: getattr(own, name) for name in _OPTIONS[task]}

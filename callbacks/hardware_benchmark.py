@@ -197,7 +197,7 @@ class HardwareBenchmark(Callback):
             machine = environment(device.type, torch.get_num_threads())
         self._entries.append(
             {
-                "stage": str(trainer.state.fn),
+                "stage": trainer.state.fn.value if trainer.state.fn else "",
                 "epoch": trainer.current_epoch,
                 "step": trainer.global_step,
                 "records": [asdict(record) for record in records],

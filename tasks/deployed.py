@@ -205,25 +205,46 @@ class DeployedDetector(Deployed):
     def unpack(
         self, outputs: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[dict[str, Any]]:
-        """``boxes`` ``(N, 4)``, ``scores`` ``(N,)``, ``labels`` ``(N,)`` and of masks ``rles`` of each image."""
-        found = []
-        for number, arrays in enumerate(zip(*outputs, strict=True)):
-            own = dict(zip(self.output_names, arrays, strict=True))
-            present = own["labels"] >= 0
-            one: dict[str, Any] = {name: values[present] for name, values in own.items()}
-            if "masks" in one:
-                from effvit.tasks.detectors.masks import paste
-
-                if original_sizes is None:
-                    raise ExportError("masks are pasted into their images: pass original_sizes")
-                one["rles"] = paste(one.pop("masks"), one["boxes"], original_sizes[number])
-            found.append(one)
-        return found
+        """See `unpack_detections`."""
+        return unpack_detections(self.output_names, outputs, original_sizes)
 
     def example_inputs(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """See `Deployed.example_inputs`; the images are neither padded nor resized."""
         sizes = torch.tensor([size] * batch)
         return _noise(batch, size), sizes, sizes.clone()
+
+
+def unpack_detections(
+    names: Sequence[str],
+    outputs: Sequence[Tensor],
+    original_sizes: Sequence[tuple[int, int]] | None = None,
+) -> list[dict[str, Any]]:
+    """What a run of a `DeployedDetector`, or of a file that was made of one, found in each image.
+
+    Args:
+        names: What the outputs are called.
+        outputs: One array for each of them, on the CPU.
+        original_sizes: ``(height, width)`` of each image as it was before it was resized, for masks.
+
+    Returns:
+        ``boxes`` ``(N, 4)``, ``scores`` ``(N,)``, ``labels`` ``(N,)`` and of masks ``rles`` of each image.
+
+    Raises:
+        ExportError: There are masks, and no sizes.
+    """
+    found = []
+    for number, arrays in enumerate(zip(*outputs, strict=True)):
+        own = dict(zip(names, arrays, strict=True))
+        present = own["labels"] >= 0
+        one: dict[str, Any] = {name: values[present] for name, values in own.items()}
+        if "masks" in one:
+            from effvit.tasks.detectors.masks import paste
+
+            if original_sizes is None:
+                raise ExportError("masks are pasted into their images: pass original_sizes")
+            one["rles"] = paste(one.pop("masks"), one["boxes"], original_sizes[number])
+        found.append(one)
+    return found
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

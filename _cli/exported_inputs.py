@@ -1,0 +1,190 @@
+"""Images as an exported network takes them: all on one canvas, resized as the data of its run does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as F
+
+from effvit.datamodules import ClassifiedFiles, ImageFiles
+from effvit.datamodules._image_samples import NetworkInput
+from effvit.datamodules._samples import PlainImages
+from effvit.datamodules.transforms import Collate, KeepRatioResize
+from effvit.errors import ConfigError
+
+Size = tuple[int, int]
+#: The least side that every network takes.
+_LEAST = 32
+
+
+def canvas_of(task: str, inputs: Mapping[str, Any], asked: Size | None) -> Size:
+    """Height and width of the images that an exported network takes.
+
+    Args:
+        task: ``classification`` or ``detection``.
+        inputs: How the data of the run makes images, see `launch.INPUT_SETTINGS`.
+        asked: What the user wants; ``None`` for what follows from the data: the size of a classifier's images, the
+            ``image_size`` of a detector that squashes, otherwise a square that holds images of either orientation.
+
+    Raises:
+        ConfigError: The size is too small, no multiple of what images are padded to, or of a classifier not square.
+    """
+    if task == "classification":
+        side = NetworkInput.of(inputs.get("image_size"), inputs.get("published")).size
+        canvas = asked or (side, side)
+        if canvas[0] != canvas[1]:
+            raise ConfigError(f"a classifier looks at square images: --image_size {canvas[0]} {canvas[0]}, for example")
+        divisor = 1
+    else:
+        divisor = int(inputs["pad_divisor"])
+        canvas = asked or _detector_canvas(inputs, divisor)
+    if min(canvas) < _LEAST or any(side % divisor for side in canvas):
+        raise ConfigError(
+            f"--image_size needs a height and a width of at least {_LEAST}"
+            + (f", multiples of {divisor}, as in the run" if divisor > 1 else "")
+            + f", not {canvas[0]} {canvas[1]}"
+        )
+    return canvas
+
+
+def _detector_canvas(inputs: Mapping[str, Any], divisor: int) -> Size:
+    first, second = inputs["image_size"]
+    sides = (second, first) if inputs.get("resize") == "squash" else (max(first, second),) * 2
+    height, width = (-(-side // divisor) * divisor for side in sides)
+    return height, width
+
+
+def preprocessing_of(task: str, inputs: Mapping[str, Any], canvas: Size) -> dict[str, Any]:
+    """How files become images on a canvas, as the options of a data module: it travels with the exported network.
+
+    Args:
+        task: ``classification`` or ``detection``.
+        inputs: How the data of the run makes images.
+        canvas: See `canvas_of`.
+    """
+    if task == "classification":
+        return {"image_size": canvas[0], "published": inputs.get("published")}
+    resize = inputs.get("resize", "keep_ratio")
+    size = list(inputs["image_size"])
+    if resize == "squash" and canvas != _detector_canvas(inputs, int(inputs["pad_divisor"])):
+        size = [canvas[1], canvas[0]]
+    return {"image_size": size, "resize": resize, "pad_divisor": int(inputs["pad_divisor"])}
+
+
+def files_for(
+    task: str,
+    preprocessing: Mapping[str, Any],
+    canvas: Size,
+    images: str,
+    *,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    unreadable: Literal["error", "skip"] = "error",
+) -> LightningDataModule:
+    """Data to predict on with an exported network.
+
+    Args:
+        task: ``classification`` or ``detection``.
+        preprocessing: See `preprocessing_of`.
+        canvas: Height and width of the network's images.
+        images: A file or a folder.
+        batch_size: Images in a batch.
+        num_workers: Processes that load images.
+        unreadable: What to do about a file that cannot be read, see ``ImageFiles``.
+    """
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in preprocessing.items()}
+    kind = ClassifiedFiles if task == "classification" else CanvasFiles
+    data = kind(images, batch_size=batch_size, num_workers=num_workers, unreadable=unreadable, **options)
+    if isinstance(data, CanvasFiles):
+        data.canvas = canvas
+    return data
+
+
+class CanvasFiles(ImageFiles):
+    """As ``ImageFiles``, but no image is larger than a canvas: one that would be is made smaller, keeping its ratio.
+
+    Attributes:
+        canvas: Height and width in pixels; ``None`` for no limit.
+    """
+
+    canvas: Size | None = None
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches ``(images, targets)``."""
+        if self.canvas is None or self.resize != "keep_ratio":
+            return super().predict_dataloader()
+        dataset = PlainImages(self.files, self.names, _FitResize(self.image_size, self.canvas))
+        return self._loader(dataset, Collate(self.pad_divisor))
+
+
+class _FitResize(KeepRatioResize):
+    def __init__(self, scale: Size, canvas: Size) -> None:
+        super().__init__(scale)
+        self.canvas = canvas
+
+    def new_size(self, height: int, width: int, scale: Size) -> Size:
+        return fitted(*super().new_size(height, width, scale), self.canvas)
+
+
+def fitted(height: int, width: int, canvas: Size) -> Size:
+    """The size of an image, or that of the largest of its ratio that a canvas holds."""
+    factor = min(canvas[0] / height, canvas[1] / width, 1.0)
+    return max(round(height * factor), 1), max(round(width * factor), 1)
+
+
+def network_inputs(task: str, batch: Any, canvas: Size) -> tuple[Tensor, ...]:
+    """What an exported network takes for a batch of a data module.
+
+    Args:
+        task: ``classification`` or ``detection``.
+        batch: Images ``(B, 3, H, W)``, uint8, no larger than the canvas, and their targets.
+        canvas: Height and width of the network's images.
+
+    Returns:
+        The images; of detection padded with 0 at the bottom and at the right, with their sizes before padding and
+        before resizing.
+    """
+    images, targets = batch
+    if task == "classification":
+        return (images.contiguous(),)
+    images = functional.pad(images, (0, canvas[1] - images.shape[3], 0, canvas[0] - images.shape[2]))
+    sizes = [torch.tensor([list(target[name]) for target in targets]) for name in ("size", "original_size")]
+    return images.contiguous(), *sizes
+
+
+def samples_of(task: str, batches: Iterable[Any], canvas: Size, most: int) -> Iterator[tuple[Tensor, ...]]:
+    """Single images of a loader as an exported network takes them, the first ones.
+
+    Args:
+        task: ``classification`` or ``detection``.
+        batches: Of a data module.
+        canvas: Height and width of the network's images; larger ones are made smaller.
+        most: How many.
+    """
+    taken = 0
+    for images, targets in batches:
+        for index in range(min(len(images), most - taken)):
+            image = images[index : index + 1]
+            if task == "detection":
+                yield network_inputs(task, _one(image, targets[index], canvas), canvas)
+            else:
+                yield network_inputs(task, (image, targets), canvas)
+            taken += 1
+        if taken >= most:
+            return
+
+
+def _one(image: Tensor, target: Mapping[str, Any], canvas: Size) -> tuple[Tensor, list[dict[str, Any]]]:
+    """One image without its padding, no larger than the canvas."""
+    height, width = target["size"]
+    size = fitted(height, width, canvas)
+    image = image[..., :height, :width]
+    if size != (height, width):
+        image = F.resize(image, list(size), antialias=True)
+    return image, [{"size": size, "original_size": target["original_size"]}]
