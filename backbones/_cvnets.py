@@ -16,6 +16,7 @@ from effvit.backbones._contract import Backbone, FeatureMap, InputSpec, VariantI
 from effvit.backbones._cvnets_fused import FusedConv, FusedInvertedResidual
 from effvit.backbones._cvnets_patches import resize
 from effvit.backbones._layers import ConvNorm, depth_of, make_head
+from effvit.backbones._windows import divide_up
 from effvit.errors import ConfigError
 
 ChannelOrder = Literal["auto", "rgb", "bgr"]
@@ -133,7 +134,7 @@ class CVNet(Backbone):
         """Maps ``"c1"`` to ``"c5"`` of normalised images ``(B, 3, H, W)``; see ``Backbone.forward``."""
         height, width = images.shape[2:]
         return {
-            spec.level: resize(x, -(-height // spec.stride), -(-width // spec.stride), align_corners=True)
+            spec.level: resize(x, divide_up(height, spec.stride), divide_up(width, spec.stride), align_corners=True)
             for spec, x in zip(self.feature_maps, self.stage_outputs(images), strict=True)
         }
 

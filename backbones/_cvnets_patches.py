@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from effvit.backbones._windows import divide_up
+
 PATCH = 2
 
 
@@ -40,7 +42,7 @@ def merge_patches(patches: Tensor, height: int, width: int) -> Tensor:
 
 def even(side: int) -> int:
     """The side, rounded up to whole patches."""
-    return -(-side // PATCH) * PATCH
+    return divide_up(side, PATCH) * PATCH
 
 
 def resize(x: Tensor, height: int, width: int, *, align_corners: bool) -> Tensor:

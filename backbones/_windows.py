@@ -16,6 +16,14 @@ _Value = TypeVar("_Value")
 _KEPT_BYTES = 32 * 2**20  # of expanded tables in one module; the newest is kept whatever its size
 
 
+def divide_up(side: int, step: int) -> int:
+    """Whole steps that cover a side.
+
+    Without negative numbers: traced for ONNX, the usual ``-(-side // step)`` would divide towards zero.
+    """
+    return (side + step - 1) // step
+
+
 def cut(grid: Tensor, window: int) -> Tensor:
     """Cuts a map into windows.
 
@@ -53,7 +61,7 @@ def merge(windows: Tensor, grid: Tensor, window: int) -> Tensor:
     batch, height, width, channels = grid.shape
     if height <= window and width <= window:
         return windows
-    rows, columns = -(-height // window), -(-width // window)
+    rows, columns = divide_up(height, window), divide_up(width, window)
     merged = windows.view(batch, rows, columns, window, window, channels).transpose(2, 3)
     return merged.reshape(batch, rows * window, columns * window, channels)[:, :height, :width]
 
@@ -150,7 +158,7 @@ def stretch_bias(table: Tensor, height: int, width: int, stride: int = 1) -> Ten
     """
     side = side_of(table)
     matrix = expand_bias(table, side, side, stride)
-    size = (-(-height // stride) * -(-width // stride), height * width)
+    size = (divide_up(height, stride) * divide_up(width, stride), height * width)
     if matrix.shape[1:] == size:
         return matrix
     return F.interpolate(matrix[None].float(), size=size, mode="bicubic", align_corners=False)[0].to(table.dtype)
