@@ -155,9 +155,8 @@ def test_accuracy_belongs_to_the_published_size_only():
 
 
 def test_networks_are_measured_and_written_down(cli, tmp_path):
-    done = cli.run(
-        "benchmark", "efficientvit_m0@64", "mobilevit_xxs@64", "--runtimes", "eager", "fused", *QUICK, "--output", tmp_path
-    )  # fmt: skip
+    models, runtimes = ("efficientvit_m0@64", "mobilevit_xxs@64"), ("eager", "fused")
+    done = cli.run("benchmark", *models, "--runtimes", *runtimes, *QUICK, "--output", tmp_path)
     assert done.code == 0, done.err
     report = json.loads((tmp_path / "benchmark.json").read_text())
     found = [(entry["model"], entry["runtime"]) for entry in report["records"]]
@@ -223,10 +222,8 @@ def test_a_gpu_that_is_not_there_is_named(cli, monkeypatch):
 
 
 def test_a_protocol_with_other_options_says_that_it_departs(cli, tmp_path):
-    done = cli.run(
-        "benchmark", "--protocol", "efficientvit-cpu", "efficientvit_m0@64", "--runtimes", "eager", "--batch_sizes", "2",
-        *QUICK, "--output", tmp_path,
-    )  # fmt: skip
+    words = "--protocol efficientvit-cpu efficientvit_m0@64 --runtimes eager --batch_sizes 2".split()
+    done = cli.run("benchmark", *words, *QUICK, "--output", tmp_path)
     assert done.code == 0, done.err
     assert "departs from the protocol: --batch_sizes 2 for its 16" in done.err
     assert "Protocol efficientvit-cpu" in (tmp_path / "benchmark.md").read_text()
