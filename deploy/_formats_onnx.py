@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from effvit.deploy._formats_source import METADATA_KEY, Run, Source, graph_of, quiet, warm_up
+from effvit.deploy._static_shapes import StaticShapes
 
 _OPSET = 18  # the oldest that torch's exporter of graphs writes without converting
 
@@ -48,7 +49,7 @@ def _write_graph(source: Source, path: Path) -> None:
 
 def _write_trace(source: Source, path: Path) -> None:
     warm_up(source)
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), StaticShapes():
         torch.onnx.export(
             source.module,
             source.inputs,
