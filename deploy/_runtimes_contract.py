@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effvit.deploy.environment import resident_memory
 from effvit.errors import ConfigError, EffvitError, ExportError
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,12 +45,14 @@ class Prepared:
             float32.
         seconds: What conversion and compilation took, with the first runs that they need.
         names: What those tensors are called, once `outputs` has been called: ``c4``, ``boxes``, or their positions.
+        kept: Bytes that the first run took and did not give back; peak memory counts them.
     """
 
     run: Callable[[], Any]
     outputs: Callable[[], list[Tensor]]
     seconds: float = 0.0
     names: list[str] = field(default_factory=list)
+    kept: int = 0
 
 
 Prepare = Callable[[nn.Module, tuple[Tensor, ...], Setting], Prepared]
@@ -66,6 +69,7 @@ class Runtime:
         modules: Packages that it needs besides torch.
         precisions: What it runs, by device.
         prepare: Makes a network ready.
+        check: Refuses a setting that this machine lacks something for, before any work.
     """
 
     name: str
@@ -74,6 +78,7 @@ class Runtime:
     modules: tuple[str, ...]
     precisions: Mapping[str, tuple[str, ...]]
     prepare: Prepare
+    check: Callable[[Setting], None] | None = None
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -112,12 +117,20 @@ def flatten(outputs: Any, prefix: str = "") -> dict[str, Tensor]:
     return flat
 
 
-def prepared(run: Callable[[], Any], named: Callable[[Any], dict[str, Tensor]] = flatten) -> Prepared:
+def run_once(run: Callable[[], Any]) -> int:
+    """Runs a runtime that keeps its memory for the next run; gives the bytes by which the process has grown."""
+    before = resident_memory()
+    run()
+    return max(resident_memory() - before, 0)
+
+
+def prepared(run: Callable[[], Any], named: Callable[[Any], dict[str, Tensor]] = flatten, *, kept: int = 0) -> Prepared:
     """What `run` is, with its outputs taken as torch tensors.
 
     Args:
         run: One forward pass.
         named: The tensors, by name, of what it returns.
+        kept: See `Prepared`.
     """
 
     def outputs() -> list[Tensor]:
@@ -127,7 +140,7 @@ def prepared(run: Callable[[], Any], named: Callable[[Any], dict[str, Tensor]] =
         ready.names[:] = list(found)
         return [on_cpu(tensor) for tensor in found.values()]
 
-    ready = Prepared(run, outputs)
+    ready = Prepared(run, outputs, kept=kept)
     return ready
 
 

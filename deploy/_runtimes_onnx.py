@@ -8,12 +8,8 @@ themselves, and fused forms write in place, which exporters dislike.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import logging
-import os
+import io
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,25 +18,51 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from effvit.deploy._runtimes_contract import Flat, Prepared, Setting, converting, copied, flatten, prepared
+from effvit.deploy._files import whole_file
+from effvit.deploy._formats_source import quiet
+from effvit.deploy._runtimes_contract import Flat, Prepared, Setting, converting, copied, flatten, prepared, run_once
+from effvit.deploy._runtimes_files import as_array, digest, fingerprint, kept_in
+from effvit.deploy._static_shapes import StaticShapes
 from effvit.errors import ConfigError
 
 # 17: LayerNormalization is one operator from there on.
 OPSET = 17
 _QUANTISED = ["Conv", "MatMul", "Gemm"]  # where the work is; the rest stays in floats
-_PLAIN = (bool, int, float, str, tuple, list, dict, type(None))
+
+
+def check_onnx(setting: Setting) -> None:
+    """Refuses a GPU that the installed ONNX Runtime cannot use.
+
+    Raises:
+        ConfigError: It is built for CPUs.
+    """
+    import onnxruntime
+
+    if setting.device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise ConfigError(
+            "The installed ONNX Runtime has no CUDA. Replace it: pip uninstall onnxruntime, then pip install "
+            "onnxruntime-gpu."
+        )
 
 
 def onnx(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:
-    """The network in ONNX Runtime."""
+    """The network in ONNX Runtime.
+
+    Raises:
+        ConfigError: CUDA is there but does not load, where ONNX Runtime would silently take the CPU.
+        ExportError: The network cannot be converted.
+    """
     import onnxruntime
 
-    providers = _providers(setting)  # refused before the conversion
+    # Only float32 is float32; ONNX Runtime rounds to TF32 by default.
+    on_gpu = [("CUDAExecutionProvider", {"use_tf32": "0"})] if setting.device == "cuda" else []
     with onnx_file(module, inputs, setting) as path, converting(module, "ONNX Runtime"):
+        providers = [*on_gpu, "CPUExecutionProvider"]
         session = onnxruntime.InferenceSession(path, _options(setting), providers=providers)
-        if providers[0][0] not in session.get_providers():
-            raise ConfigError(f"ONNX Runtime could not load its {providers[0][0]}: do CUDA and cuDNN fit its version?")
-    binding = session.io_binding()  # on a GPU, inputs and outputs would otherwise be copied there and back in each run
+    if on_gpu and "CUDAExecutionProvider" not in session.get_providers():
+        raise ConfigError("ONNX Runtime could not load CUDA: do the versions of CUDA and cuDNN fit it?")
+    # On a GPU, inputs and outputs would otherwise be copied there and back in each run.
+    binding = session.io_binding()
     read = {found.name for found in session.get_inputs()}
     for name, tensor in named_inputs(inputs).items():
         if name in read:  # the exporter drops what nothing reads
@@ -58,20 +80,8 @@ def onnx(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Pre
         return dict(zip(names, map(torch.from_numpy, bound.copy_outputs_to_cpu()), strict=True))
 
     with converting(module, "ONNX Runtime"):
-        run()
-    return prepared(run, named)
-
-
-def _providers(setting: Setting) -> list[tuple[str, dict[str, str]]]:
-    import onnxruntime
-
-    if setting.device == "cpu":
-        return [("CPUExecutionProvider", {})]
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise ConfigError(
-            "This ONNX Runtime has no CUDA. Replace it: pip uninstall onnxruntime, then pip install onnxruntime-gpu"
-        )
-    return [("CUDAExecutionProvider", {"use_tf32": "0"}), ("CPUExecutionProvider", {})]  # float32 is float32
+        kept = run_once(run)
+    return prepared(run, named, kept=kept)
 
 
 def _options(setting: Setting) -> Any:
@@ -89,11 +99,6 @@ def named_inputs(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     return {f"input{position}": tensor for position, tensor in enumerate(inputs)}
 
 
-def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """A tensor as the contiguous array that runtimes want."""
-    return np.ascontiguousarray(tensor.detach().cpu().numpy())
-
-
 @contextlib.contextmanager
 def onnx_file(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Iterator[Path]:
     """The network's ONNX file, for the time of the context unless the setting has a folder.
@@ -106,69 +111,45 @@ def onnx_file(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -
     Raises:
         ExportError: The network cannot be converted.
     """
-    with tempfile.TemporaryDirectory(prefix="effvit_") as temporary:
-        folder = setting.folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{_fingerprint(module, inputs)}.onnx"
+    with kept_in(setting.folder) as folder:
+        path = folder / f"{fingerprint(module, inputs, str(OPSET))}.onnx"
         if not path.exists():
-            with _written_whole(path) as unfinished:
+            with whole_file(path) as unfinished:
                 _export(module, inputs, unfinished)
         if setting.precision == "int8":
-            floats, path = path, folder / f"{path.stem}_{_digest(*map(as_array, inputs))}_int8.onnx"
+            floats, path = path, folder / f"{path.stem}_{digest(*map(as_array, inputs))}_int8.onnx"
             if not path.exists():
-                with _written_whole(path) as unfinished, converting(module, "int8"):
+                with whole_file(path) as unfinished, converting(module, "int8"):
                     _quantise(floats, unfinished, inputs)
         yield path
 
 
-@contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A name beside `path`, which becomes `path` once all went well."""
-    unfinished = path.with_name(f"{path.stem}.{os.getpid()}.part.onnx")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
     network = copied(module, fused=False)
-    with quiet_exporter(), converting(module, "ONNX"):
+    # The exporter prints the graph when it fails; our error says why.
+    with quiet(), contextlib.redirect_stdout(io.StringIO()), _without_fast_path(), converting(module, "ONNX"):
         names = list(flatten(network(*inputs)))  # the first forward also fills timm's caches, which would be traced
-        torch.onnx.export(
-            Flat(network),
-            inputs,
-            path,
-            input_names=list(named_inputs(inputs)),
-            output_names=names,
-            opset_version=OPSET,
-            dynamo=False,
-        )
+        with StaticShapes():
+            torch.onnx.export(
+                Flat(network),
+                inputs,
+                path,
+                input_names=list(named_inputs(inputs)),
+                output_names=names,
+                opset_version=OPSET,
+                dynamo=False,
+            )
 
 
 @contextlib.contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """No warnings of an exporter: that it is the old one, that shapes become constants, what it could not fold."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _without_fast_path() -> Iterator[None]:
+    """Torch's multi-head attention is otherwise one operator in eval mode, which exporters do not know."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(value=False)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        logger.setLevel(level)
-
-
-class _Calibration:
-    """The inputs, once; ONNX Runtime asks for batches until there is none."""
-
-    def __init__(self, batch: dict[str, np.ndarray[Any, Any]]) -> None:
-        self.batches = [batch]
-
-    def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
-        return self.batches.pop() if self.batches else None
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _quantise(floats: Path, path: Path, inputs: tuple[Tensor, ...]) -> None:
@@ -177,12 +158,18 @@ def _quantise(floats: Path, path: Path, inputs: tuple[Tensor, ...]) -> None:
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(_Calibration, CalibrationDataReader):  # type: ignore[misc]
-        """What ONNX Runtime takes for a calibration set."""
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        """The inputs, once: ONNX Runtime asks for batches until there is none."""
 
-    with tempfile.TemporaryDirectory(prefix="effvit_") as temporary, quiet_exporter():
+        def __init__(self, batch: dict[str, np.ndarray[Any, Any]]) -> None:
+            self.batches = [batch]
+
+        def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
+            return self.batches.pop() if self.batches else None
+
+    with tempfile.TemporaryDirectory(prefix="effvit_") as temporary, quiet():
         folded = Path(temporary) / "folded.onnx"
-        quant_pre_process(floats, folded, skip_symbolic_shape=True)
+        quant_pre_process(floats, folded, skip_symbolic_shape=True)  # which needs sympy
         read = {found.name for found in onnx_package.load(folded).graph.input}
         batch = {name: as_array(tensor) for name, tensor in named_inputs(inputs).items() if name in read}
         quantize_static(
@@ -193,22 +180,3 @@ def _quantise(floats: Path, path: Path, inputs: tuple[Tensor, ...]) -> None:
             op_types_to_quantize=_QUANTISED,
             per_channel=True,
         )
-
-
-def _fingerprint(module: nn.Module, inputs: tuple[Tensor, ...]) -> str:
-    """The same for the same network and shapes: layers, plain attributes such as thresholds, and weights."""
-    texts = [torch.__version__, str(OPSET), repr(module)]
-    texts += [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in inputs]
-    for name, part in module.named_modules():
-        for key, value in sorted(vars(part).items()):
-            if (isinstance(value, _PLAIN) and not key.startswith("_")) or dataclasses.is_dataclass(value):
-                texts.append(f"{name}.{key}={value!r}")
-    state = (*module.parameters(), *module.buffers())
-    return _digest("\n".join(texts), *(as_array(tensor.reshape(-1).view(torch.uint8)) for tensor in state))
-
-
-def _digest(*contents: str | np.ndarray[Any, Any]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for content in contents:
-        digest.update(content.encode() if isinstance(content, str) else content.data)
-    return digest.hexdigest()

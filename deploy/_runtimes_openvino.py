@@ -7,25 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effvit.deploy._runtimes_contract import Prepared, Setting, converting, prepared
-from effvit.deploy._runtimes_onnx import as_array, named_inputs, onnx_file
+from effvit.deploy._runtimes_contract import Prepared, Setting, converting, prepared, run_once
+from effvit.deploy._runtimes_files import as_array
+from effvit.deploy._runtimes_onnx import named_inputs, onnx_file
 from effvit.errors import ConfigError
 
 # Of what is not quantised. Left alone, OpenVINO takes bfloat16 where the processor has it, and no ratio would be fair.
 _HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}
 
 
+def check_openvino(setting: Setting) -> None:
+    """Refuses bf16 on a processor without it, where OpenVINO would silently run in float32.
+
+    Raises:
+        ConfigError: The processor has no bf16.
+    """
+    from openvino import Core
+
+    if setting.precision == "bf16" and "BF16" not in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ConfigError("OpenVINO has no bf16 on this processor. Use fp32 or int8.")
+
+
 def openvino(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:
     """The network in OpenVINO.
 
     Raises:
-        ConfigError: bf16 on a processor without it, where OpenVINO would silently run in float32.
+        ExportError: The network cannot be converted.
     """
     from openvino import Core
 
-    core = Core()
-    if setting.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise ConfigError("OpenVINO has no bf16 on this processor. Use fp32 or int8.")
     properties = {
         "INFERENCE_NUM_THREADS": setting.threads,
         "NUM_STREAMS": "1",
@@ -33,7 +43,7 @@ def openvino(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) ->
         "INFERENCE_PRECISION_HINT": _HINTS[setting.precision],
     }
     with onnx_file(module, inputs, setting) as path, converting(module, "OpenVINO"):
-        compiled = core.compile_model(path, "CPU", properties)
+        compiled = Core().compile_model(path, "CPU", properties)
     request = compiled.create_infer_request()
     read = {name for port in compiled.inputs for name in port.get_names()}
     arrays = {name: as_array(tensor) for name, tensor in named_inputs(inputs).items() if name in read}
@@ -47,5 +57,5 @@ def openvino(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) ->
         return {name: torch.from_numpy(done.get_output_tensor(place).data) for place, name in enumerate(names)}
 
     with converting(module, "OpenVINO"):
-        run()
-    return prepared(run, named)
+        kept = run_once(run)
+    return prepared(run, named, kept=kept)

@@ -8,7 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effvit.deploy._runtimes_contract import TYPES, Prepared, Setting, can_fuse, copied, evaluating, prepared
+from effvit.deploy._formats_source import quiet
+from effvit.deploy._runtimes_contract import (
+    TYPES,
+    Flat,
+    Prepared,
+    Setting,
+    can_fuse,
+    converting,
+    copied,
+    evaluating,
+    flatten,
+    prepared,
+)
 from effvit.errors import ConfigError
 
 
@@ -57,7 +69,15 @@ def placed(
     return module, inputs
 
 
-def _ready(call: Callable[..., Any], inputs: tuple[Tensor, ...], *, warm: int = 1) -> Prepared:
+def ready(call: Callable[..., Any], inputs: tuple[Tensor, ...], *, warm: int = 1) -> Prepared:
+    """What runs `call` on `inputs`, once it has done so.
+
+    Args:
+        call: The network.
+        inputs: Where it is.
+        warm: Runs until it is as fast as it gets.
+    """
+
     def run() -> Any:
         with evaluating():
             return call(*inputs)
@@ -71,12 +91,12 @@ def eager(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Pr
     """The network as it is."""
     if setting.device != "cpu" or setting.precision != "fp32":
         module = copied(module, fused=False)
-    return _ready(*placed(module, inputs, setting, channels_last=False))
+    return ready(*placed(module, inputs, setting, channels_last=False))
 
 
 def channels_last(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:
     """The network with channels-last maps."""
-    return _ready(*placed(copied(module, fused=False), inputs, setting, channels_last=True))
+    return ready(*placed(copied(module, fused=False), inputs, setting, channels_last=True))
 
 
 def fused(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:
@@ -90,4 +110,19 @@ def fused(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Pr
             f"{type(module).__name__} has nothing to fuse: neither it nor a part of it has a fuse() method. "
             "Use the runtime 'channels_last'."
         )
-    return _ready(*placed(copied(module, fused=True), inputs, setting, channels_last=True))
+    return ready(*placed(copied(module, fused=True), inputs, setting, channels_last=True))
+
+
+def torchscript(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:
+    """The traced network, in its deploy form where it has one: what EfficientViT's speed test runs.
+
+    Raises:
+        ExportError: The network cannot be traced.
+    """
+    network, inputs = placed(copied(module, fused=True), inputs, setting, channels_last=False)
+    with quiet(), converting(module, "TorchScript"):
+        names = list(flatten(network(*inputs)))
+        traced = torch.jit.trace(Flat(network).eval(), inputs, check_trace=False)  # type: ignore[no-untyped-call]
+        frozen = torch.jit.freeze(traced)
+        ran = ready(frozen, inputs, warm=3)  # the first runs profile and optimise
+    return prepared(ran.run, lambda outputs: dict(zip(names, outputs, strict=True)))
