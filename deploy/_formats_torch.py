@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torchvision  # noqa: F401 - registers nms, which files of detectors call
 from torch import Tensor
 
 from effvit.deploy._formats_source import METADATA_KEY, Run, Source, as_list, graph_of, quiet, warm_up
