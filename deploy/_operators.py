@@ -64,7 +64,7 @@ _PATTERNS = {
         r"(log_)?softmax|safe_softmax|masked_softmax|add|sub|rsub|mul|div|true_divide|floor_divide|remainder|fmod|neg"
         r"|reciprocal|addc(mul|div)|foreach_.*|lerp|pow|square|r?sqrt|exp|exp2|expm1|log|log1p|log2|log10|abs|sgn|sign"
         r"|floor|ceil|round|trunc|sin|cos|atan2?|erf|maximum|minimum|fmax|fmin|max|min|amax|amin|aminmax|sum|mean|var"
-        r"|std|var_mean|std_mean|prod|logsumexp|(special_)?logit|(special_)?expit|eq|ne|lt|le|gt|ge|logical_.*|bitwise_.*"
+        r"|std|var_mean|std_mean|prod|logsumexp|(special_)?logit|(special_)?expit|eq|ne|lt|le|gt|ge|logical_.*|bitwise_.*|i?(and|or|xor)|invert"
         r"|isinf|isnan|isfinite|nan_to_num|masked_(fill|scatter)|complex|fft_.*|fft_[rc]2[rc]"
     ),
 }

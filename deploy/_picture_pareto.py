@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from effvit.deploy._looks import FRAME, GREY, plain, style
+from effvit.deploy._names import Mark, write_names
 from effvit.deploy.records import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.text import Annotation
-    from matplotlib.transforms import Bbox
 
 #: Okabe and Ito's colours, which colour-blind people tell apart, and a marker for each as a second sign.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#3c4046", "#a6761d")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-#: Where a name may stand, in points from its mark and as a multiple of its own width: beside it first, further later.
-_PLACES = tuple((x, y) for y in (0, 11, -11, 20, -20, 30, -30, 42, -42, 54, -54) for x in (9, -9))
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,9 @@ def draw(figure: Figure, records: Sequence[Record]) -> None:
                 axes, own, [model for model in models if any(r.model == model for s in own for r in s.records)], title
             )
     _arrange(figure, inches, _footnote(records, shown, bool(rated)))
-    if rated:
-        for axes in figure.axes:
-            _write_names(figure, axes, [_of_batch(one, batches[figure.axes.index(axes)]) for one in series])
+    for axes, batch in zip(figure.axes if rated else (), batches, strict=False):
+        own = [record for record in shown if record.asked_batch == batch]
+        write_names(axes, [Mark(plain(record.model), *_milliseconds(record), record.accuracy or 0.0) for record in own])
 
 
 def _arrange(figure: Figure, inches: float, footnote: str) -> None:
@@ -128,7 +126,8 @@ def _panel(axes: Axes, series: Sequence[_Series], title: str) -> None:
             label=one.name,
         )
         front = pareto_front([(milliseconds, accuracy) for milliseconds, _, _, accuracy in points])
-        axes.step(*zip(*front, strict=True), where="post", color=one.colour, linewidth=1.3, alpha=0.55, zorder=2)
+        corners = [front[0], *(corner for (_, y), end in itertools.pairwise(front) for corner in ((end[0], y), end))]
+        axes.plot(*zip(*corners, strict=True), color=one.colour, linewidth=1.3, alpha=0.55, zorder=2)
         for record, point in zip(one.records, points, strict=True):
             by_model.setdefault(record.model, []).append((point[0], point[3]))
     for own in by_model.values():
@@ -137,7 +136,11 @@ def _panel(axes: Axes, series: Sequence[_Series], title: str) -> None:
     _logarithmic(axes)
     names = {record.accuracy_name for one in series for record in one.records} - {""}
     axes.set_ylabel(f"{names.pop()}, %" if len(names) == 1 else "accuracy, %", color=GREY)
-    axes.margins(x=0.16, y=0.12)
+    axes.margins(x=0.08, y=0.12)
+    left, right = axes.get_xlim()
+    wide = max(right / left, 4.0)  # a single model has no range of its own
+    middle = (left * right) ** 0.5
+    axes.set_xlim(middle / wide**0.53, middle * wide**0.66)  # names stand on the right
     if len(series) > 1:
         axes.legend(frameon=False, loc="lower right", title="steps: the best of a runtime", title_fontsize=8.5)
 
@@ -167,71 +170,6 @@ def _logarithmic(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _write_names(figure: Figure, axes: Axes, series: Sequence[_Series]) -> None:
-    """Writes each model's name once, beside its slowest mark, or where there is room."""
-    points: dict[str, tuple[float, float]] = {}
-    taken: list[Bbox] = [_box_of_legend(figure, axes)] if axes.get_legend() else []
-    marks = [
-        (_milliseconds(record)[0], record.accuracy or 0.0, record.model) for one in series for record in one.records
-    ]
-    for x, y, model in marks:
-        points[model] = max(points.get(model, (0.0, 0.0)), (x, y))
-    taken += [_around(axes, x, y) for x, y, _ in marks]
-    for model, point in sorted(points.items(), key=lambda item: -item[1][1]):
-        taken.append(_write_name(figure, axes, plain(model), point, taken))
-
-
-def _write_name(figure: Figure, axes: Axes, name: str, point: tuple[float, float], taken: Sequence[Bbox]) -> Bbox:
-    """Writes one name where it covers least, and returns the box that it takes."""
-    best: tuple[float, Annotation, Bbox] | None = None
-    for rank, (x, y) in enumerate(_PLACES):
-        text = axes.annotate(
-            name,
-            point,
-            xytext=(x, y),
-            textcoords="offset points",
-            ha="left" if x > 0 else "right",
-            va="center",
-            fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6} if abs(y) > 12 else None,
-        )
-        box = text.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
-        frame = axes.get_window_extent()
-        outside = max(0.0, frame.x0 - box.x0) + max(0.0, box.x1 - frame.x1) + max(0.0, box.y1 - frame.y1)
-        cost = sum(_overlap(box, other) for other in taken) + 100 * outside + 0.01 * rank
-        if best is None or cost < best[0]:
-            if best is not None:
-                best[1].remove()
-            best = (cost, text, box)
-        else:
-            text.remove()
-        if cost < 1:
-            break
-    assert best is not None
-    return best[2]
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    """Area that two boxes share, in square pixels."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return width * height if width > 0 and height > 0 else 0.0
-
-
-def _around(axes: Axes, x: float, y: float) -> Bbox:
-    """The box of a mark."""
-    from matplotlib.transforms import Bbox
-
-    (left, bottom), radius = axes.transData.transform((x, y)), 6.0
-    return Bbox(((left - radius, bottom - radius), (left + radius, bottom + radius)))
-
-
-def _box_of_legend(figure: Figure, axes: Axes) -> Bbox:
-    legend = axes.get_legend()
-    assert legend is not None
-    return legend.get_window_extent(figure.canvas.get_renderer())  # type: ignore[attr-defined]
 
 
 def _bars(axes: Axes, series: Sequence[_Series], models: Sequence[str], title: str) -> None:

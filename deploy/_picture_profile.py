@@ -33,24 +33,35 @@ _GROUPS = (
 _MOST_BLOCKS = 8
 _MOST_STAGES = 22
 _SMALL = 0.005  # of the whole: stages below this one share a bar
+_SMALL_BLOCK = 0.02  # of the whole: how memory-bound it is says nothing then
 _ROW = 0.36  # inches
+_STAGE = 0.72  # rows
+_HEAD, _LEGEND = 0.85, 1.65  # inches above and below the bars
 
 
 def draw(figure: Figure, profile: Profile) -> None:
     """Draws a profile onto an empty figure."""
     blocks = _largest(profile.blocks)
     stages = _gathered(profile.stages, profile.seconds)
-    rows = max(len(blocks) + 1, len(stages) * 0.72, 4)
-    height = rows * _ROW + 2.15
-    figure.set_size_inches(13, height)
-    names = 0.0055 * max(map(len, blocks), default=0) + 0.02
-    bottom, top = 1.25 / height, 1 - 0.85 / height
-    work = figure.add_axes((names, bottom, 0.60 - names, top - bottom))
-    _work(work, profile, blocks)
-    left = 0.68 + 0.0055 * max(map(len, stages), default=0)
-    _stages(figure.add_axes((left, bottom, 0.945 - left, top - bottom)), stages, profile.seconds)
-    _title(figure, profile, height)
-    _legend(figure, profile, names, 0.6 / height)
+    inches = _HEAD + max((len(blocks) + 1) * _ROW + _LEGEND, _STAGE * len(stages) * _ROW + 0.6)
+    figure.set_size_inches(13, inches)
+
+    def place(left: float, right: float, rows: float) -> Axes:
+        height = rows * _ROW / inches
+        return figure.add_axes((left, 1 - _HEAD / inches - height, right - left, height))
+
+    names = 0.0068 * max(len(_with_count(profile, name)) for name in ("all", *blocks)) + 0.012
+    _work(place(names, 0.57, len(blocks) + 1), profile, blocks)
+    left = 0.68 + 0.0062 * max(map(len, stages), default=0)
+    _stages(place(left, 0.99, _STAGE * len(stages)), stages, profile.seconds)
+    _title(figure, profile, inches)
+    _legend(figure, profile, names, 1 - (_HEAD + (len(blocks) + 1) * _ROW + 0.62) / inches)
+
+
+def _with_count(profile: Profile, name: str) -> str:
+    """Name of a type of block, and how many there are of several."""
+    count = profile.counts.get(name, 0)
+    return plain(name) + (f"  x{count}" if count > 1 else "")
 
 
 def _title(figure: Figure, profile: Profile, height: float) -> None:
@@ -68,9 +79,10 @@ def _work(axes: Axes, profile: Profile, blocks: Mapping[str, Mapping[str, float]
         _bar(axes, place, work)
         whole = sum(work.values())
         bound = sum(work.get(kind, 0.0) for kind in MEMORY_BOUND) / whole if whole else 0.0
-        text = f"{100 * whole:.0f} %" if name != "all" else ""
         axes.annotate(
-            f"{text}  ({100 * bound:.0f} % of it memory-bound)" if text and whole >= 0.02 else text,
+            ""
+            if name == "all"
+            else f"{100 * whole:.0f} %" + f"  (memory {100 * bound:.0f} %)" * (whole >= _SMALL_BLOCK),
             (100 * whole, place),
             xytext=(5, 0),
             textcoords="offset points",
@@ -78,9 +90,8 @@ def _work(axes: Axes, profile: Profile, blocks: Mapping[str, Mapping[str, float]
             fontsize=8.5,
             color=GREY,
         )
-    count = {name: profile.counts.get(name, 0) for name in rows}
-    labels = [plain(name) + (f"  x{count[name]}" if count[name] > 1 else "") for name in rows]
-    style(axes, "work by type of block", "% of the time in operators")
+    labels = [_with_count(profile, name) for name in rows]
+    style(axes, "work by type of block", "% of the time in operators (memory: share of it that is memory-bound)")
     axes.set_yticks(range(len(rows)), labels, fontsize=9.5, color="black")
     axes.axhline(0.5, color=FRAME, linewidth=1)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -101,23 +112,20 @@ def _bar(axes: Axes, place: int, work: Mapping[str, float]) -> None:
         start += share
 
 
-def _legend(figure: Figure, profile: Profile, left: float, bottom: float) -> None:
-    """The kinds of work that there are, under the name of their group."""
+def _legend(figure: Figure, profile: Profile, left: float, top: float) -> None:
+    """The kinds of work that there are, under the name of their group: two groups in a row."""
     from matplotlib.patches import Patch
 
-    x = left
-    for title, kinds in _GROUPS:
+    for place, (title, kinds) in enumerate(_GROUPS):
         present = [kind for kind in kinds if profile.work.get(kind, 0.0) > 0]
-        if not present:
-            continue
-        share = 100 * sum(profile.work[kind] for kind in present)
+        share = 100 * sum(profile.work.get(kind, 0.0) for kind in kinds)
         legend = figure.legend(
             [Patch(color=_COLOURS[kind]) for kind in present],
             present,
             title=f"{title}, {share:.0f} %",
             loc="upper left",
-            bbox_to_anchor=(x, bottom),
-            ncols=len(present),
+            bbox_to_anchor=(left + 0.2 * (place % 2), top - 0.46 * (place // 2) / figure.get_figheight()),
+            ncols=max(len(present), 1),
             frameon=False,
             fontsize=8.5,
             title_fontsize=9,
@@ -129,7 +137,6 @@ def _legend(figure: Figure, profile: Profile, left: float, bottom: float) -> Non
             borderaxespad=0.0,
         )
         legend.get_title().set_fontweight("bold")
-        x += max(sum(0.03 + 0.0049 * len(kind) for kind in present), 0.13) + 0.01
 
 
 def _stages(axes: Axes, stages: Mapping[str, float], whole: float) -> None:
@@ -148,7 +155,7 @@ def _stages(axes: Axes, stages: Mapping[str, float], whole: float) -> None:
     style(axes, "latency by stage", "ms, measured without the profiler")
     axes.set_yticks(places, [plain(name) for name in stages], fontsize=9, color="black")
     axes.set_ylim(len(stages) - 0.4, -0.6)
-    axes.set_xlim(0, 1.28e3 * max(stages.values(), default=1.0))
+    axes.set_xlim(0, 1.33e3 * max(stages.values(), default=1.0))
     axes.grid(visible=False, axis="y")
 
 
