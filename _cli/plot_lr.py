@@ -13,9 +13,9 @@ import torch
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from effvit._cli.shipped import find_config, merged_config
-from effvit.callbacks._curves import BLUE, GREEN, style
-from effvit.callbacks._run_folder import whole_file
 from effvit.datamodules._samplers import MultiScaleBatches, SquareBatches
+from effvit.deploy._files import whole_file
+from effvit.deploy._looks import BLUE, GREEN, style
 from effvit.errors import ConfigError
 from effvit.tasks.schedules import WarmupCosine
 

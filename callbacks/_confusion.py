@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from effvit.callbacks._curves import BLUE, GREY, ORANGE, style
-from effvit.callbacks._run_folder import whole_file
+from effvit.deploy._files import whole_file
+from effvit.deploy._looks import BLUE, GREY, ORANGE, plain, style
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,9 +73,9 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _short(name: str) -> str:
-    """A name that fits, without what matplotlib takes for a formula."""
+    """A name that fits."""
     short = name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
-    return short.replace("$", r"\$")
+    return plain(short)
 
 
 def _text_size(classes: int) -> float:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from effvit.callbacks._run_folder import whole_file
+from effvit.deploy._files import whole_file
+from effvit.deploy._looks import BLUE, GREEN, GREY, ORANGE, style
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
-
-BLUE, ORANGE, GREEN, GREY = "#1d7ad6", "#f58220", "#2a9d55", "#6e7278"
 
 
 def draw_curves(
@@ -114,22 +113,3 @@ def _write_values(axes: Axes, ends: Sequence[tuple[float, int, str]]) -> None:
             va="center",
             annotation_clip=False,
         )
-
-
-def style(axes: Axes, title: str, label: str) -> None:
-    """Gives all diagrams of a run the same looks.
-
-    Args:
-        axes: The diagram.
-        title: Its heading.
-        label: What its x axis shows.
-    """
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel(label, color=GREY)
-    axes.grid(visible=True, color="#e8e9eb", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=GREY, length=0)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color("#c9ccd0")

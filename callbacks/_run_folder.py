@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lightning.pytorch import Trainer
 
 #: Drawing takes from a quarter of a second to some seconds, which a run of short epochs would feel.
@@ -18,21 +15,6 @@ SECONDS_BETWEEN_PICTURES = 20.0
 def run_folder(trainer: Trainer) -> Path:
     """Folder of the run."""
     return Path(trainer.default_root_dir)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, which becomes ``path`` at the end: no reader ever sees half of it.
-
-    The folder is made. After an error the file before stays as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def spread(wanted: int, batches: int) -> tuple[int, set[int]]:

@@ -14,8 +14,9 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from effvit.callbacks._confusion import draw_confusion
 from effvit.callbacks._patches import drops_patches, kept_patches
-from effvit.callbacks._run_folder import SECONDS_BETWEEN_PICTURES, run_folder, spread, whole_file
+from effvit.callbacks._run_folder import SECONDS_BETWEEN_PICTURES, run_folder, spread
 from effvit.callbacks.drawing import captioned, draw_kept_patches, panel_grid
+from effvit.deploy._files import whole_file
 from effvit.errors import ConfigError, DatasetError
 
 if TYPE_CHECKING:

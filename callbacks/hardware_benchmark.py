@@ -16,8 +16,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from effvit.callbacks._measuring import measure
-from effvit.callbacks._run_folder import run_folder, whole_file
+from effvit.callbacks._run_folder import run_folder
 from effvit.callbacks._undisturbed import undisturbed
+from effvit.deploy._files import whole_file
 from effvit.deploy.environment import environment
 from effvit.deploy.records import Record, Subject
 from effvit.errors import ConfigError

@@ -19,8 +19,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from effvit.callbacks._patches import drops_patches, kept_patches
-from effvit.callbacks._run_folder import whole_file
 from effvit.callbacks.drawing import draw_detections, draw_kept_patches
+from effvit.deploy._files import whole_file
 from effvit.errors import CheckpointError, ConfigError, close_matches
 
 if TYPE_CHECKING:

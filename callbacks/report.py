@@ -15,11 +15,12 @@ from rich.markup import escape
 from torch import Tensor
 
 from effvit.callbacks._curves import draw_curves
-from effvit.callbacks._run_folder import SECONDS_BETWEEN_PICTURES, run_folder, spread, whole_file
+from effvit.callbacks._run_folder import SECONDS_BETWEEN_PICTURES, run_folder, spread
 from effvit.callbacks._tables import class_table, format_count, format_metric, format_seconds, metrics_table
 from effvit.callbacks._throughput import Throughput, images_in_step, learning_rate
 from effvit.callbacks.drawing import draw_detections, panel_grid
 from effvit.categories import Categories
+from effvit.deploy._files import whole_file
 from effvit.errors import ConfigError
 
 if TYPE_CHECKING:
