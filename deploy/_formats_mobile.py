@@ -28,7 +28,7 @@ def write_coreml(source: Source, path: Path, text: str) -> None:
         graph = graph_of(Source(source.module, (images,), source.input_names, source.output_names))
         with contextlib.redirect_stderr(io.StringIO()):
             model = coremltools.convert(
-                graph.run_decompositions({}),
+                _in_known_operators(graph),
                 inputs=[coremltools.TensorType(name=source.input_names[0], shape=tuple(images.shape))],
                 outputs=[coremltools.TensorType(name=name) for name in source.output_names],
                 minimum_deployment_target=coremltools.target.iOS16,
@@ -37,6 +37,18 @@ def write_coreml(source: Source, path: Path, text: str) -> None:
             )
         model.user_defined_metadata[METADATA_KEY] = text
         model.save(str(path))
+
+
+def _in_known_operators(graph: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same graph without the operators that coremltools 9 does not know."""
+    aten = torch.ops.aten
+    graph = graph.run_decompositions(torch._decomp.get_decompositions([aten.addcmul]))  # noqa: SLF001 - its documented name
+    for node in list(graph.graph.nodes):
+        if node.target is aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.graph_module.recompile()
+    return graph
 
 
 def attach_coreml(path: Path, text: str) -> None:

@@ -111,7 +111,7 @@ def write_openvino(source: Source, path: Path, text: str) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         through = Path(folder) / "model.onnx"
         write_onnx(source, through, text)
-        model = openvino.convert_model(through)
+        model = openvino.Core().read_model(through)  # convert_model does the same, but reports its use over the network
         model.set_rt_info(text, METADATA_KEY)
         openvino.save_model(model, path, compress_to_fp16=False)
 

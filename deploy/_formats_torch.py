@@ -24,14 +24,14 @@ def write_torchscript(source: Source, path: Path, text: str) -> None:
     with quiet(), torch.no_grad():
         # Tracing again to compare would record other caches than the first time; parity is checked on the file instead.
         traced = torch.jit.trace(module, source.inputs, check_trace=False)  # type: ignore[no-untyped-call]
-        torch.jit.save(torch.jit.freeze(traced), path, _extra_files={_ENTRY: text})  # type: ignore[no-untyped-call]
+        torch.jit.save(torch.jit.freeze(traced), path, _extra_files={_ENTRY: text})
 
 
 def attach_torchscript(path: Path, text: str) -> None:
     """Puts metadata among the file's extra files, in place of what is there."""
     with quiet():
         loaded = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
-        torch.jit.save(loaded, path, _extra_files={_ENTRY: text})  # type: ignore[no-untyped-call]
+        torch.jit.save(loaded, path, _extra_files={_ENTRY: text})
 
 
 def metadata_in_zip(path: Path) -> str | None:

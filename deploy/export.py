@@ -124,7 +124,10 @@ def export(
         seconds = time.perf_counter() - started
         found = None
         if entry.runs_here():
-            found = _compare(module, entry, staged, facts, _batches(module, samples, size, batch))
+            batches = _batches(module, samples, size, batch)
+            with converting(source.module, f"{entry.name} so that it runs"):
+                run = entry.open(staged, None)
+                found = parity(module, Exported(path, entry.name, facts, run), batches)
             facts["parity"] = found.as_dict()
             if entry.attach is not None:
                 entry.attach(staged, json.dumps(facts))
@@ -201,14 +204,6 @@ def _move_into_place(folder: Path, target: Path) -> None:
             if (old / place.name).exists():
                 (old / place.name).rename(place)
         raise
-
-
-def _compare(
-    module: Deployable, entry: Format, path: Path, facts: Mapping[str, Any], batches: list[tuple[Tensor, ...]]
-) -> Parity:
-    with converting(module, f"{entry.name} so that it runs"):
-        exported = Exported(path, entry.name, facts, entry.open(path, None))
-        return parity(module, exported, batches)
 
 
 def _batches(

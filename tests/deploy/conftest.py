@@ -1,0 +1,76 @@
+"""Networks of a few layers that look like what a task gives for export."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+class _StandIn(nn.Module):
+    dynamic_batch = True
+
+    def metadata(self):
+        return {"task": self.task, "categories": {"1": "ant", "2": "bee"}, "parameters": 1}
+
+    def _noise(self, batch, size):
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=generator)
+
+
+class Classifier(_StandIn):
+    """Two classes; its BatchNorm and its dropout would show training mode."""
+
+    task = "classification"
+    input_names = ("images",)
+    output_names = ("probabilities",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5))
+        self.head = nn.Linear(8, 2)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.stem(images.float() / 127.5 - 1).mean((2, 3))).softmax(-1)
+
+    def example_inputs(self, batch, size):
+        return (self._noise(batch, size),)
+
+
+class Detector(_StandIn):
+    """Four boxes where a map is largest, scaled to the original image; the last one is empty."""
+
+    task = "detection"
+    input_names = ("images", "sizes", "original_sizes")
+    output_names = ("boxes", "scores", "labels")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 1, 8, 8)
+
+    def forward(self, images: Tensor, sizes: Tensor, original_sizes: Tensor) -> tuple[Tensor, ...]:
+        scores, places = self.stem(images.float() / 255).sigmoid().flatten(1).topk(4)
+        corner = (places * 8)[..., None].expand(-1, -1, 2)
+        scale = (original_sizes / sizes).flip(1).repeat(1, 2)[:, None]
+        present = (torch.arange(4) < 3).expand(len(images), 4)
+        boxes = torch.cat([corner, corner + 8], -1) * scale * present[..., None]
+        return boxes, scores * present, torch.where(present, places % 2, -1)
+
+    def example_inputs(self, batch, size):
+        sizes = torch.tensor([size] * batch)
+        return self._noise(batch, size), sizes, sizes * 2
+
+
+@pytest.fixture
+def stand_ins() -> SimpleNamespace:
+    """``classifier()`` and ``detector()``: small, the same at each call, in eval mode."""
+
+    def made(kind):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return kind().eval()
+
+    return SimpleNamespace(classifier=lambda: made(Classifier), detector=lambda: made(Detector))

@@ -1,0 +1,243 @@
+"""Writing a network to a file: what is refused, what is left behind, what travels along."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from effvit.deploy import export as module_under_test
+from effvit.deploy.export import check_export, export
+from effvit.deploy.exported import metadata_of, open_exported
+from effvit.deploy.formats import FORMATS
+from effvit.errors import ConfigError, ExportError
+
+SIZE = (32, 64)
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def check_written(module, done, batches):
+    """A written file gives what its source gives, and says what it takes."""
+    opened = open_exported(done.path, threads=1)
+    assert (opened.format, opened.size, opened.batch) == (done.format, SIZE, done.metadata["batch"])
+    assert opened.metadata["source"] == "best.ckpt"
+    assert opened.metadata["categories"] == {"1": "ant", "2": "bee"}
+    assert (opened.input_names, opened.output_names) == (module.input_names, module.output_names)
+    for batch in batches:
+        inputs = module.example_inputs(batch, SIZE)
+        with torch.no_grad():
+            expected = module(*inputs)
+        expected = [expected] if isinstance(expected, torch.Tensor) else expected
+        for found, wanted in zip(opened.run(*inputs), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    return opened
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "batch"),
+    [
+        *itertools.product(["torchscript", "onnx"], ["classifier", "detector"], [1, 2]),
+        ("openvino", "detector", 2),
+    ],
+)
+def test_a_file_for_one_batch_size(name, kind, batch, stand_ins, tmp_path):
+    for package in FORMATS[name].modules:
+        pytest.importorskip(package)
+    module = getattr(stand_ins, kind)()
+    path = tmp_path / "new" / f"model{FORMATS[name].suffix}"
+    done = export(module, name, path, size=SIZE, batch=batch, metadata={"source": "best.ckpt"})
+    opened = check_written(module, done, [batch])
+    assert done.parity.images == batch
+    assert opened.metadata["parity"] == done.parity.as_dict()
+    assert {file.suffix for file in path.parent.iterdir()} == {path.suffix, *([".bin"] if name == "openvino" else [])}
+    with pytest.raises(ConfigError, match="images must have the shape"):
+        opened.run(*module.example_inputs(batch + 1, SIZE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classifier", "detector"])
+@pytest.mark.parametrize("name", ["onnx", "openvino", "pt2"])
+def test_a_file_for_any_batch_size(name, kind, stand_ins, tmp_path):
+    for package in FORMATS[name].modules:
+        pytest.importorskip(package)
+    module = getattr(stand_ins, kind)()
+    path = tmp_path / f"model{FORMATS[name].suffix}"
+    done = export(module, name, path, size=SIZE, metadata={"source": "best.ckpt"})
+    assert done.metadata["batch"] is None
+    assert done.parity.images == 4
+    check_written(module, done, [1, 2, 5])
+
+
+def test_a_network_whose_graph_is_of_one_batch_is_written_for_one_image(stand_ins, tmp_path):
+    module = stand_ins.classifier()
+    assert export(module, "torchscript", tmp_path / "a.torchscript", size=SIZE).metadata["batch"] == 1
+    module.dynamic_batch = False
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    assert export(module, "onnx", tmp_path / "a.onnx", size=SIZE).metadata["batch"] == 1
+
+
+@pytest.mark.slow
+def test_executorch(stand_ins, tmp_path):
+    pytest.importorskip("executorch")
+    module = stand_ins.classifier()
+    done = export(module, "executorch", tmp_path / "a.pte", size=SIZE, metadata={"source": "best.ckpt"})
+    check_written(module, done, [1])
+
+
+@pytest.mark.slow
+def test_coreml_is_written_everywhere_and_runs_on_macos(stand_ins, tmp_path):
+    pytest.importorskip("coremltools")
+    path = tmp_path / "a.mlpackage"
+    for source in ("first.ckpt", "best.ckpt"):  # the second replaces a folder
+        done = export(stand_ins.classifier(), "coreml", path, size=SIZE, metadata={"source": source})
+    assert metadata_of(path)["source"] == "best.ckpt"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.mlpackage"]
+    if FORMATS["coreml"].runs_here():
+        assert done.parity.images == 1
+    else:
+        assert done.parity is None
+        with pytest.raises(ConfigError, match="runs on macOS only"):
+            open_exported(path)
+
+
+def test_the_network_stays_as_it_is(stand_ins, tmp_path):
+    module = stand_ins.classifier().train()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    strides = {name: tensor.stride() for name, tensor in module.state_dict().items()}
+    export(module, "torchscript", tmp_path / "a.torchscript", size=SIZE)
+    assert module.training
+    assert all(part.training for part in module.modules())
+    assert all(parameter.requires_grad for parameter in module.parameters())
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert tensor.stride() == strides[name]
+
+
+def test_real_images_are_compared_in_batches_of_the_file(stand_ins, tmp_path, monkeypatch):
+    seen = []
+    compare = module_under_test.parity
+
+    def record(module, exported, batches):
+        seen.extend(len(batch[0]) for batch in batches)
+        return compare(module, exported, batches)
+
+    monkeypatch.setattr(module_under_test, "parity", record)
+    module = stand_ins.classifier()
+    samples = [(torch.full((1, 3, *SIZE), shade, dtype=torch.uint8),) for shade in range(0, 250, 50)]
+    done = export(module, "torchscript", tmp_path / "a.torchscript", size=SIZE, batch=2, samples=samples)
+    assert seen == [2, 2, 2]
+    assert done.parity.images == 6
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, [1, 3]), (4, [1, 3]), (5, [1, 3, 1]), (9, [1, 3, 1, 3, 1])])
+def test_any_batch_is_checked_with_others_than_the_traced_one(number, expected, stand_ins):
+    samples = [(torch.tensor([[index]]),) for index in range(number)]
+    batches = module_under_test._batches(stand_ins.classifier(), samples, SIZE, None)
+    assert [len(batch[0]) for batch in batches] == expected
+    flat = [int(value) for batch in batches for value in batch[0]]
+    assert flat == [index for index, _ in zip(itertools.cycle(range(number)), flat, strict=False)]
+
+
+@pytest.fixture
+def replaced(monkeypatch):
+    """``replaced(name, **changes)`` changes one row of the table."""
+
+    def change(name, **changes):
+        monkeypatch.setitem(FORMATS, name, dataclasses.replace(FORMATS[name], **changes))
+
+    return change
+
+
+class Other(nn.Module):
+    """Another function than its source."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.source = source
+
+    def forward(self, *inputs):
+        return self.source(*inputs) * 0.9
+
+
+def test_a_file_that_disagrees_is_not_kept(stand_ins, tmp_path, replaced):
+    path = tmp_path / "a.torchscript"
+    export(stand_ins.classifier(), "torchscript", path, size=SIZE)
+    before = content(tmp_path)
+    write = FORMATS["torchscript"].write
+
+    def wrong(source, path, text):
+        write(dataclasses.replace(source, module=Other(source.module)), path, text)
+
+    replaced("torchscript", write=wrong)
+    with pytest.raises(ExportError, match="torchscript disagrees with its source: probabilities differs by"):
+        export(stand_ins.classifier(), "torchscript", path, size=SIZE)
+    assert content(tmp_path) == before  # the older file as it was, and nothing beside it
+    with pytest.raises(ExportError):
+        export(stand_ins.classifier(), "torchscript", tmp_path / "b.torchscript", size=SIZE)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("step", ["write", "open"])
+def test_what_a_converter_or_runtime_cannot_do_leaves_nothing(step, stand_ins, tmp_path, replaced):
+    def fails(*given):
+        (tmp_path / "seen").touch()
+        raise RuntimeError("Unsupported operator\nand a long story")
+
+    replaced("torchscript", **{step: fails})
+    with pytest.raises(ExportError, match=r"Classifier cannot be converted for torchscript.*Unsupported operator"):
+        export(stand_ins.classifier(), "torchscript", tmp_path / "a.torchscript", size=SIZE)
+    assert list(content(tmp_path)) == ["seen"]
+
+
+def test_files_that_belong_together_change_together(tmp_path, monkeypatch):
+    for name in ("a.bin", "a.xml"):
+        (tmp_path / name).write_text("old")
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.name == "a.xml" and path.read_text() == "new":
+            raise OSError("disk full")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    before = content(tmp_path)
+
+    def write():
+        with module_under_test._staged(tmp_path / "a.xml") as staged:
+            staged.write_text("new")
+            staged.with_suffix(".bin").write_text("new")
+
+    with pytest.raises(OSError, match="disk full"):
+        write()
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "path", "batch", "error", "words"),
+    [
+        ("detection", "coreml", None, None, ExportError, "cannot hold a network for detection; .* onnx, openvino"),
+        ("detection", "executorch", None, None, ExportError, "cannot hold a network for detection"),
+        ("classification", "onxx", None, None, ConfigError, "Did you mean 'onnx'"),
+        ("classification", "torchscript", "model.onnx", None, ConfigError, "must end in .torchscript"),
+        ("classification", "torchscript", "model.torchscript", 0, ConfigError, "batch must be at least 1"),
+    ],
+)
+def test_refused_before_any_work(task, name, path, batch, error, words):
+    with pytest.raises(error, match=words):
+        check_export(task, name, path, batch=batch)
+
+
+def test_export_refuses_before_it_touches_the_network(stand_ins, tmp_path):
+    module = stand_ins.detector()
+    module.forward = None  # whoever ran it would fail
+    with pytest.raises(ExportError, match="cannot hold a network for detection"):
+        export(module, "coreml", tmp_path / "a.mlpackage", size=SIZE)
+    assert not list(tmp_path.iterdir())

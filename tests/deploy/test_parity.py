@@ -1,0 +1,105 @@
+"""How an exported file is compared with its source."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from effvit.deploy.parity import match_detections, parity
+from effvit.errors import ExportError
+
+
+def exported(run, tolerance=1e-4):
+    return SimpleNamespace(run=run, tolerance=tolerance, path="model.onnx")
+
+
+def running(module, change):
+    """What runs `module` and hands its outputs through `change`."""
+
+    def run(*inputs):
+        with torch.no_grad():
+            outputs = module(*inputs)
+        return change([outputs] if isinstance(outputs, torch.Tensor) else list(outputs))
+
+    return exported(run)
+
+
+def test_a_file_that_says_the_same(stand_ins):
+    module = stand_ins.classifier()
+    batches = [module.example_inputs(batch, (32, 32)) for batch in (1, 3)]
+    found = parity(module, running(module, lambda outputs: outputs), batches)
+    assert (found.images, found.error, found.worst, found.top1) == (4, 0.0, "probabilities", 1.0)
+    assert found.detections is None
+
+
+def test_differences_are_the_largest_over_all_batches(stand_ins):
+    module = stand_ins.classifier()
+    gaps = iter([1e-6, 3e-5, 0.0])
+    batches = [module.example_inputs(1, (32, 32))] * 3
+    found = parity(module, running(module, lambda outputs: [outputs[0] + next(gaps)]), batches)
+    assert found.differences["probabilities"] == pytest.approx(3e-5, rel=0.01)
+    largest = module(*batches[0]).max().item()
+    assert found.error == pytest.approx(3e-5 / largest, rel=0.01)
+    assert found.as_dict()["errors"] == {"probabilities": found.error}
+
+
+@pytest.mark.parametrize("wrong", [lambda p: p.flip(-1), lambda p: p * float("nan"), lambda p: p + float("inf")])
+def test_a_file_that_disagrees_is_refused_by_the_name_of_the_output(stand_ins, wrong):
+    module = stand_ins.classifier()
+    with pytest.raises(ExportError, match=r"model.onnx disagrees with its source: probabilities differs by"):
+        parity(module, running(module, lambda outputs: [wrong(outputs[0])]), [module.example_inputs(2, (32, 32))])
+
+
+def test_outputs_of_other_shapes_are_refused(stand_ins):
+    module = stand_ins.classifier()
+    with pytest.raises(ExportError, match=r"the shapes \[\(2, 1\)\], its source \[\(2, 2\)\]"):
+        parity(module, running(module, lambda outputs: [outputs[0][:, :1]]), [module.example_inputs(2, (32, 32))])
+
+
+def test_nothing_to_compare_is_no_agreement(stand_ins):
+    module = stand_ins.classifier()
+    with pytest.raises(ExportError, match="no image was given"):
+        parity(module, running(module, lambda outputs: outputs), [])
+
+
+def test_detections_in_another_order_are_the_same(stand_ins):
+    module = stand_ins.detector()
+    order = [3, 1, 0, 2]
+    changed = running(module, lambda outputs: [tensor[:, order] for tensor in outputs])
+    found = parity(module, changed, [module.example_inputs(2, (64, 64))])
+    assert (found.images, found.detections, found.unmatched, found.error) == (2, 6, 0, 0.0)
+    assert set(found.errors) == {"boxes", "scores"}
+    assert found.top1 is None
+
+
+@pytest.mark.parametrize(
+    ("output", "change", "words"),
+    [
+        (0, lambda boxes: boxes + 0.5, "boxes differs by 0.5"),
+        (1, lambda scores: scores + 0.01, "scores differs by 0.01"),
+        (0, lambda boxes: boxes + 30, "12 of either side have no partner"),
+        (2, lambda labels: torch.where(labels < 0, labels, labels + 2), "12 of either side have no partner"),
+        (2, lambda labels: torch.full_like(labels, -1), "6 of either side have no partner"),
+    ],
+)
+def test_detections_that_differ_are_refused(stand_ins, output, change, words):
+    module = stand_ins.detector()
+
+    def wrong(outputs):
+        outputs[output] = change(outputs[output])
+        return outputs
+
+    with pytest.raises(ExportError, match=words):
+        parity(module, running(module, wrong), [module.example_inputs(2, (64, 64))])
+
+
+def test_each_detection_has_one_partner():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60]])
+    labels = torch.tensor([1, 1, 1])
+    found = {"boxes": boxes[[1, 0]], "labels": labels[:2]}
+    rows, columns = match_detections(found, {"boxes": boxes, "labels": labels})
+    assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == [(0, 1), (1, 0)]
+    none = match_detections({"boxes": boxes[:0], "labels": labels[:0]}, {"boxes": boxes, "labels": labels})
+    assert [len(side) for side in none] == [0, 0]
