@@ -29,10 +29,12 @@ BRIEF_TRAININGS = {
         "--data.image_size 32 --data.batch_size 4 --data.val_batch_size 4"
     ).split(),
 }
+#: The same of a measurement; what is written on the command line is parsed all the same.
+BRIEF_MEASUREMENT = "--runtimes eager --batch_sizes 1 --rounds 1 --seconds 0.001 --no_memory".split()
 #: What the commands do outside effvit is tried by `.ci/run` and by running this suite.
 OUTSIDE = ("pip install", "pytest")
 #: Installing effvit, as a whole or with one of its extras.
-INSTALLS = {"pip install -e .", 'pip install -e ".[test]"', 'pip install -e ".[mmdet]"'}
+INSTALLS = {"pip install -e .", 'pip install -e ".[test]"', 'pip install -e ".[mmdet]"', 'pip install -e ".[openvino]"'}
 
 
 def blocks(language):
@@ -44,10 +46,13 @@ def blocks(language):
 
 
 def commands():
+    seen = set()
     for block in blocks("bash"):
         for number, line in enumerate(block.values[0].splitlines()):
-            if line.strip():
-                yield pytest.param(line.split("  #")[0].strip(), id=f"{block.id}-{number}")
+            command = line.split("  #")[0].strip()
+            if command and command not in seen:
+                seen.add(command)
+                yield pytest.param(command, id=f"{block.id}-{number}")
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +121,16 @@ def write_class_folders(root):
                 cv2.imwrite(str(root / split / name / f"{index}.jpg"), pixels)
 
 
+@pytest.fixture(scope="module")
+def exported(folder, cli):
+    """The same folder with a detector's run exported to ONNX."""
+    pytest.importorskip("onnxruntime")
+    run = folder / "runs" / "finetune"
+    done = cli.run("export", "--checkpoint", run / "best.ckpt", "--format", "onnx")
+    assert done.code == 0, done.err
+    return folder
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_documented_command_runs(command, folder, cli, monkeypatch, request):
     if command.startswith(OUTSIDE):
@@ -137,6 +152,11 @@ def test_a_documented_command_runs(command, folder, cli, monkeypatch, request):
         pytest.importorskip("mmdet", reason="needs the extra mmdet")
     if "runs/transfer/best.ckpt" in words:
         request.getfixturevalue("classified")
+    if words[0] == "export" or any(word.endswith(".onnx") for word in words):
+        pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+        request.getfixturevalue("exported")
+    if words[0] == "benchmark" and "--list" not in words:
+        words = brief_measurement(words)
     if any(word.startswith("detection/coco/") or word.endswith("_coco.pth") for word in words):
         words.append("--print_config")  # a published detector at full size: tests/test_configs.py builds them
     elif words[:2] == ["tables", "coco"] and all(word.startswith("--") for word in words[2:3]):
@@ -153,6 +173,15 @@ def test_a_documented_command_runs(command, folder, cli, monkeypatch, request):
         return
     done = cli.run(*words)
     assert done.code == 0, done.err
+
+
+def brief_measurement(words):
+    """The words of ``effvit benchmark`` for small images, and for one of the networks of a protocol."""
+    if "--profile" in words:
+        return [*words, "--image_size", "64"]
+    if "--protocol" in words:
+        words = [words[0], "efficientvit_m0@64", *words[1:]]
+    return [*words, *BRIEF_MEASUREMENT]
 
 
 def launched_by_torchrun(words):
