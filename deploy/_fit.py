@@ -23,7 +23,7 @@ _OUT_OF_MEMORY = (
 _MORE = 1.5  # kernels take memory of their own, and allocators keep pieces
 
 
-class PeakOfTensors(TorchDispatchMode):
+class PeakOfTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The most bytes that tensors made inside take at one time.
 
     Attributes:
@@ -31,9 +31,9 @@ class PeakOfTensors(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._now = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak: int = 0
+        self._now: int = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(
@@ -68,7 +68,7 @@ def tensor_bytes(tensors: Sequence[Tensor]) -> int:
 def _bytes_at(module: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     with torch.no_grad(), PeakOfTensors() as mode:
         module(*inputs)
-    return mode.peak + tensor_bytes(inputs)
+    return int(mode.peak) + tensor_bytes(inputs)
 
 
 def fitting_batch(module: nn.Module, make_inputs: Callable[[int], tuple[Tensor, ...]], asked: int, copies: int) -> int:

@@ -1,4 +1,4 @@
-"""The program that `effvit.deploy.memory` runs: one fork for each variant, of a process that has only imported torch."""
+"""The program that `effvit.deploy.memory` runs: a fork for each variant, of a process that has only imported torch."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import re
 import tempfile
@@ -17,6 +18,7 @@ from effvit.deploy._fit import fitting_batch, is_out_of_memory
 from effvit.deploy.environment import environment
 from effvit.deploy.flops import count_macs
 from effvit.deploy.memory import peak_memories, peak_on_gpu
+from effvit.deploy.parts import time_parts
 from effvit.deploy.records import Ratio, Record, Report, Statistics, Subject
 from effvit.deploy.runtimes import RUNTIMES, Agreement, Prepared, Setting, check, compare, prepare, require
 from effvit.deploy.statistics import ratio, summarise
@@ -88,7 +90,8 @@ def benchmark(
         progress: Gets a line at each step.
 
     Raises:
-        ConfigError: A value out of its range, an unknown runtime, one that is not installed, or no GPU.
+        ConfigError: A value out of its range, an unknown runtime, one that is not installed, no GPU, or a network of
+            which not even one image fits into memory.
         ExportError: A runtime's outputs are not eager's: the worst tensor and its error are named.
     """
     settings = _settings(subjects, runtimes, precisions, Setting(device=device, threads=threads))
@@ -100,6 +103,7 @@ def benchmark(
         for batch in batches:
             cases = [_make_ready(subject, batch, settings, files, say) for subject in subjects]
             _time(cases, device, rounds, seconds, say)
+            _time_parts(cases, device, say)
             _measure_memory(cases, device, memory, say)
             for case in cases:
                 records[case.subject.name] += _records(case)
@@ -127,9 +131,8 @@ def _settings(
             able += precision in has
             found.append((runtime, setting))
         if not able:
-            raise ConfigError(
-                f"None of the runtimes {', '.join(runtimes)} has precision {precision!r} on {base.device}."
-            )
+            given = ", ".join(runtimes)
+            raise ConfigError(f"None of the runtimes {given} has precision {precision!r} on {base.device}.")
     return found
 
 
@@ -158,14 +161,16 @@ def _make_ready(
         try:
             _prepare_all(case, batch, settings, files, say)
         except Exception as error:
-            if not is_out_of_memory(error) or batch == 1:
+            if not is_out_of_memory(error):
                 raise
+            if batch == 1:
+                raise ConfigError(f"{subject.name} does not fit into memory, not even a batch of 1: {error}") from error
         else:
             return case
-        case.variants, case.inputs = [], ()
+        case.variants, case.inputs = [], ()  # after the except clause: the error holds what its frames held
         _release(settings[0][1].device)
+        say(f"{subject.name}: batch {batch} does not fit into memory, trying {batch // 2}")
         batch //= 2
-        say(f"{subject.name}: batch {2 * batch} does not fit, trying {batch}")
 
 
 def _prepare_all(case: _Case, batch: int, settings: Sequence[tuple[str, Setting]], files: Path, say: Progress) -> None:
@@ -223,6 +228,19 @@ def _time(cases: Sequence[_Case], device: str, rounds: int, seconds: float, say:
         ready[number].latency = summarise(own)
 
 
+def _time_parts(cases: Sequence[_Case], device: str, say: Progress) -> None:
+    """Times the parts of the networks that have some, in eager."""
+    for case in cases:
+        measured = {(variant.runtime, variant.setting.precision) for variant in case.variants}
+        if not case.subject.parts or ("eager", "fp32") not in measured:
+            continue
+        say(f"{case.subject.name}, batch {case.batch}: parts")
+        module, inputs = case.subject.module, case.inputs
+        if device != "cpu":
+            module, inputs = copy.deepcopy(module).to(device), tuple(tensor.to(device) for tensor in inputs)
+        case.parts = time_parts(module, inputs, case.subject.parts, device=device)
+
+
 def _measure_memory(cases: Sequence[_Case], device: str, memory: bool, say: Progress) -> None:
     """Measures memory where it is asked for, and lets go of what was prepared."""
     for case in cases:
@@ -269,7 +287,7 @@ def _records(case: _Case) -> list[Record]:
             agreement=variant.agreement.top1 if variant.agreement else None,
             prepare_seconds=variant.prepare_seconds,
             speedup=_speedup(first, variant.latency),
-            parts=case.parts if variant.runtime == "eager" else {},
+            parts=case.parts if (variant.runtime, variant.setting.precision) == ("eager", "fp32") else {},
             accuracy=subject.accuracy,
             accuracy_name=subject.accuracy_name,
             note="; ".join(variant.notes),

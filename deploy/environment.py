@@ -14,6 +14,8 @@ import torch
 _ALLOCATOR_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
 _PACKAGES = ("torchvision", "timm", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "coremltools", "executorch")
 _CPU = Path("/sys/devices/system/cpu")
+_MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")
 _NO_LIMIT = 1 << 60  # version 1 of cgroups writes a huge number where there is no limit
 
@@ -80,22 +82,33 @@ def usable_cores() -> int | None:
 
 def total_memory() -> int | None:
     """Bytes of memory of this machine, or of this container where it has less."""
-    return _least(_meminfo("MemTotal"), _cgroup_limit())
+    return _least(_kibibytes(_MEMINFO, "MemTotal"), _cgroup_limit())
 
 
 def available_memory() -> int | None:
     """Bytes that this process can still take before the system would end it; ``None`` where that cannot be read."""
     limit, used = _cgroup_limit(), _cgroup_used()
     left = limit - used if limit is not None and used is not None else None
-    return _least(_meminfo("MemAvailable"), left)
+    return _least(_kibibytes(_MEMINFO, "MemAvailable"), left)
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not tell (it needs Linux's ``/proc``)."""
+    return _kibibytes(_STATUS, "VmRSS") or 0
+
+
+def peak_resident_memory() -> int:
+    """The most that it ever held, or has since the mark was reset."""
+    return _kibibytes(_STATUS, "VmHWM") or 0
 
 
 def _least(*values: int | None) -> int | None:
     return min((value for value in values if value is not None), default=None)
 
 
-def _meminfo(name: str) -> int | None:
-    for line in (_read(Path("/proc/meminfo")) or "").splitlines():
+def _kibibytes(path: Path, name: str) -> int | None:
+    """Bytes of a line such as ``MemTotal: 24683120 kB``."""
+    for line in (_read(path) or "").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     return None
@@ -154,7 +167,7 @@ def _gpu(device: str) -> dict[str, Any]:
         "gpu": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
         "driver": _driver(),
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }
 
 

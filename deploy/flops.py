@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 def count_macs(module: nn.Module, *inputs: object) -> int:
@@ -33,8 +33,15 @@ def count_parts(module: nn.Module, *inputs: object, parts: tuple[str, ...]) -> l
     """
     for part in parts:
         module.get_submodule(part)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Older releases of torch count nothing for the kernel that attention has on a CPU.
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # noqa: SLF001 - its name
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=attention) as counter:
         module(*inputs)
     counts = counter.get_flop_counts()
     names = [".".join(filter(None, (type(module).__name__, part))) for part in parts]
     return [sum(counts.get(name, {}).values()) // 2 for name in names]
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **_options: object) -> int:
+    """Products of queries with keys, and of the result with values, of shapes ``(B, H, N, D)``."""
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]

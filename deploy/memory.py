@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effvit.deploy.environment import peak_resident_memory, resident_memory
 from effvit.deploy.runtimes import RUNTIMES, Setting, prepare
 from effvit.errors import ConfigError, EffvitError
 
@@ -73,7 +74,7 @@ def peak_memories(
         folder = Path(name)
         try:
             torch.save((module, inputs), folder / "network.pt")
-        except Exception as error:  # whatever the parts of somebody's network raise when they are pickled
+        except Exception as error:  # noqa: BLE001 - whatever the parts of somebody's network raise when they are pickled
             return [_unsent(module, error) for _ in variants]
         torch.save([(runtime, setting) for runtime, setting in variants], folder / "variants.pt")
         errors = _run_child(folder, _PATIENCE * len(variants))
@@ -124,7 +125,8 @@ def measure_here(folder: Path, number: int) -> None:
         # Our own file of a moment ago: whole networks are code, which weights_only refuses.
         module, inputs = torch.load(folder / "network.pt", weights_only=False)
         runtime, setting = torch.load(folder / "variants.pt", weights_only=False)[number]
-        answer = {"bytes": peak_of(prepare(module, inputs, runtime, setting).run)}
+        prepared = prepare(module, inputs, runtime, setting)
+        answer = {"bytes": prepared.kept + peak_of(prepared.run)}
     except (EffvitError, RuntimeError, MemoryError, AttributeError, ImportError) as error:
         answer = {"error": f"{error}".rstrip(".") or type(error).__name__}
     (folder / f"{number}.json").write_text(json.dumps(answer), encoding="utf-8")
@@ -144,10 +146,10 @@ def peak_of(call: Callable[[], Any]) -> int:
     # Building may have peaked higher than running ever will; 5 resets the mark (man 5 proc). ru_maxrss cannot be reset,
     # and it outlives exec, so it would also hold the parent's peak.
     _CLEAR.write_text("5", encoding="ascii")
-    before = _status("VmRSS")
+    before = resident_memory()
     for _ in range(_CALLS):
         call()
-    return (_status("VmHWM") - before) * 1024
+    return peak_resident_memory() - before
 
 
 def peak_on_gpu(call: Callable[[], Any], runtime: str) -> int | None:
@@ -173,11 +175,3 @@ def _trim() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
     if trim is not None:
         trim(0)
-
-
-def _status(name: str) -> int:
-    """A line of /proc/self/status, in KiB."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {name}")

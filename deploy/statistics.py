@@ -8,8 +8,8 @@ bootstrap draws whole rounds (the cluster bootstrap of Davison and Hinkley, "Boo
 * The percentiles are taken further out, as far as Student's t is beyond the normal distribution (the expanded
   percentile interval of Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 2015,
   §5.3; arXiv:1411.5279).
-* Where neighbouring rounds resemble each other too, the interval grows about the estimate by the square root of
-  (1 + r) / (1 - r), r being the correlation of neighbours: what that leaves of independent rounds.
+* Where neighbouring rounds resemble each other too, as when the machine drifts, the interval grows about the estimate
+  by the square root of (1 + r) / (1 - r), r being the correlation of neighbours: so much less do they know together.
 
 The numbers are drawn from a fixed seed: the same samples always have the same interval.
 """
@@ -28,7 +28,7 @@ from effvit.deploy.records import Ratio, Statistics
 _LEVEL = 0.95
 _DRAWS = 2000
 _SEED = 0
-_MOST_CORRELATION = 0.6
+_MOST_CORRELATION = 0.7
 
 Rounds = Sequence[Sequence[float]]
 _Array = NDArray[np.float64]
@@ -84,13 +84,16 @@ def _interval(centres: _Array, estimate: float) -> tuple[float, float]:
 
 def _widening(centres: _Array) -> float:
     """How much wider the interval is than that of independent rounds."""
+    count = len(centres)
+    if count <= 4:
+        return 1.0  # too few to tell
     away = centres - np.median(centres)
     total = float((away**2).sum())
     if total == 0:
         return 1.0
-    # A sample's own correlation is too low by about 1 / n (Marriott and Pope 1954).
-    correlation = float((away[1:] * away[:-1]).sum()) / total + 1 / len(centres)
-    correlation = min(max(correlation, 0.0), _MOST_CORRELATION)
+    found = float((away[1:] * away[:-1]).sum()) / total
+    # What n rounds show of a correlation r is r - (1 + 4 r) / n in the mean (Marriott and Pope, Biometrika 1954).
+    correlation = min(max((found + 1 / count) / (1 - 4 / count), 0.0), _MOST_CORRELATION)
     return math.sqrt((1 + correlation) / (1 - correlation))
 
 
@@ -103,4 +106,4 @@ def _student(probability: float, freedom: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+    return z + math.fsum(term / freedom**power for power, term in enumerate(terms, start=1))

@@ -1,8 +1,8 @@
 """The clock: how long calls take, all of them in the same rounds.
 
-On a CPU the monotonic clock, on a GPU events of the device, with all earlier work finished before each call: a sample is
-the time of one call alone. Rounds visit all calls in turn, forwards and backwards alternately, so that what slows the
-machine down for a while slows all of them down, and a drift cancels out of their ratios.
+On a CPU the monotonic clock, on a GPU events of the device, with all earlier work finished before each call: a sample
+is the time of one call alone. Rounds visit all calls in turn, forwards and backwards alternately, so that what slows
+the machine down for a while slows all of them down, and a drift cancels out of their ratios.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROUNDS = 9
 SECONDS = 0.15
 _WINDOWS = 3  # consecutive windows that must agree
 _TOLERANCE = 0.05
-_SHORT = 0.25  # of a visit: a call shorter than this share of it is made once more, unmeasured, before the samples
+_SHORT = 0.25  # of a visit: a call shorter than that is made once more before the samples, unmeasured
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,16 @@ def time_in_rounds(
     with _no_garbage_collection():
         for number in range(rounds):
             for key in order if number % 2 == 0 else reversed(order):
-                samples = found[key]
-                if samples and statistics.median(samples[0]) < _SHORT * seconds:
+                if not found[key] or statistics.median(found[key][0]) < _SHORT * seconds:
                     calls[key]()  # brings back to the caches what the others have pushed out
-                samples.append(_visit(calls[key], device, seconds))
+                found[key].append(_visit(calls[key], device, seconds))
     return found
 
 
 def _visit(call: Call, device: str, seconds: float) -> list[float]:
     """Seconds of each call, as many as fit."""
     measure = _on_gpu if device == "cuda" else _on_cpu
-    samples = []
+    samples: list[float] = []
     end = time.perf_counter() + seconds
     while not samples or time.perf_counter() < end:
         samples.append(measure(call))
@@ -110,7 +109,8 @@ def _on_cpu(call: Call) -> float:
 
 
 def _on_gpu(call: Call) -> float:
-    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    after: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     before.record()
     call()
