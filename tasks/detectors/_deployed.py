@@ -17,8 +17,6 @@ from torchvision.ops import nms
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from effvit.tasks.detectors._contract import Detector
-
 #: Most candidates of an image that are compared with each other. Suppression goes from the best down, so the next ones
 #: could only count where so many leave fewer than the wanted detections.
 CANDIDATES = 5000
@@ -44,14 +42,12 @@ class FixedDetector(nn.Module, ABC):
     """A detector's eval-mode view with fixed shapes, on its very layers.
 
     Attributes:
-        network: The detector.
         parts: Names of the submodules in here by part: backbone, pyramid, heads.
         outputs: Names of what `forward` returns.
     """
 
     parts: dict[str, tuple[str, ...]]
     outputs: tuple[str, ...] = ("boxes", "scores", "labels")
-    network: Detector
 
     @abstractmethod
     def forward(self, images: Tensor, sizes: Tensor, original_sizes: Tensor) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ class _BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, H, W)`` to the same."""
-        if x.numel() > x.shape[1]:
+        if not self.training or x.numel() > x.shape[1]:
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 

@@ -27,7 +27,7 @@ from effvit.tasks.detectors.default_boxes import DefaultBoxes
 from effvit.tasks.detectors.ssd_head import SSDHead, make_coarser, make_global
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 #: Stride of each level but the last, which is one cell, and the width of its head.
 _WIDTHS = {16: 512, 32: 256, 64: 256, 128: 128, 256: 128}
@@ -128,21 +128,8 @@ class SSDLite(Detector):
 
     def _run(self, images: Tensor) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
         """Head outputs as in `forward`, and the size of each level's map."""
-        maps = self.maps(images)
-        return self.apply_heads(maps), [(level.shape[-2], level.shape[-1]) for level in maps]
-
-    def apply_heads(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Raw outputs as in `forward`, of the map of each level."""
-        boxes, logits = zip(*(head(level) for head, level in zip(self.heads, maps, strict=True)), strict=True)
-        return {"cls_logits": torch.cat(logits, dim=1), "bbox_regression": torch.cat(boxes, dim=1)}
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """The map of each level, finest first."""
-        given: dict[str, Tensor] = self.backbone(images)
-        maps: list[Tensor] = []
-        for stride, level in zip(_WIDTHS, self.levels, strict=True):
-            maps.append(self.coarser[str(stride)](maps[-1]) if level is None else given[level])
-        return [*maps, self.coarser["global"](maps[-1])]
+        maps = make_levels(self.backbone(images), self.levels, self.coarser.values())
+        return apply_heads(self.heads, maps), [(level.shape[-2], level.shape[-1]) for level in maps]
 
     def loss(
         self,
@@ -232,6 +219,29 @@ class SSDLite(Detector):
             "scores": best[keep],
             "labels": labels[keep],
         }
+
+
+def make_levels(
+    given: Mapping[str, Tensor], levels: Sequence[str | None], coarser: Iterable[nn.Module]
+) -> list[Tensor]:
+    """The map of each level, finest first.
+
+    Args:
+        given: What the backbone makes, by level.
+        levels: The backbone's level of each stride; ``None`` for one that is made of the level before it.
+        coarser: What makes those, and at the end the level of one cell.
+    """
+    remaining = iter(coarser)
+    maps: list[Tensor] = []
+    for level in levels:
+        maps.append(next(remaining)(maps[-1]) if level is None else given[level])
+    return [*maps, next(remaining)(maps[-1])]
+
+
+def apply_heads(heads: Iterable[nn.Module], maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Raw outputs as `SSDLite.forward` gives them, of the map of each level."""
+    boxes, logits = zip(*(head(level) for head, level in zip(heads, maps, strict=True)), strict=True)
+    return {"cls_logits": torch.cat(logits, dim=1), "bbox_regression": torch.cat(boxes, dim=1)}
 
 
 def _mined_cross_entropy(logits: Tensor, classes: Tensor, positive: Tensor) -> Tensor:
