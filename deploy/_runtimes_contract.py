@@ -44,7 +44,8 @@ class Prepared:
         outputs: The tensors of one run, flattened in the order of the network's dicts and tuples, on the CPU, floats as
             float32.
         seconds: What conversion and compilation took, with the first runs that they need.
-        names: What those tensors are called, once `outputs` has been called: ``c4``, ``boxes``, or their positions.
+        names: What those tensors are called, once `outputs` has been called: by the network's ``output_names`` where it
+            has them, otherwise by keys such as ``c4`` or positions.
         kept: Bytes that the first run took and did not give back; peak memory counts them.
     """
 

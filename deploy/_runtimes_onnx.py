@@ -27,6 +27,7 @@ from effvit.errors import ConfigError
 
 # 17: LayerNormalization is one operator from there on.
 OPSET = 17
+PREFIX = "output_"  # of outputs in the file, where no name may be a number, or an input's
 _QUANTISED = ["Conv", "MatMul", "Gemm"]  # where the work is; the rest stays in floats
 
 
@@ -77,7 +78,8 @@ def onnx(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Pre
         return binding
 
     def named(bound: Any) -> dict[str, Tensor]:
-        return dict(zip(names, map(torch.from_numpy, bound.copy_outputs_to_cpu()), strict=True))
+        tensors = map(torch.from_numpy, bound.copy_outputs_to_cpu())
+        return {name.removeprefix(PREFIX): tensor for name, tensor in zip(names, tensors, strict=True)}
 
     with converting(module, "ONNX Runtime"):
         kept = run_once(run)
@@ -135,7 +137,7 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
                 inputs,
                 path,
                 input_names=list(named_inputs(inputs)),
-                output_names=names,
+                output_names=[PREFIX + name for name in names],
                 opset_version=OPSET,
                 dynamo=False,
             )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from effvit.deploy._runtimes_contract import Prepared, Setting, converting, prepared, run_once
 from effvit.deploy._runtimes_files import as_array
-from effvit.deploy._runtimes_onnx import named_inputs, onnx_file
+from effvit.deploy._runtimes_onnx import PREFIX, named_inputs, onnx_file
 from effvit.errors import ConfigError
 
 # Of what is not quantised. Left alone, OpenVINO takes bfloat16 where the processor has it, and no ratio would be fair.
@@ -47,7 +47,7 @@ def openvino(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) ->
     request = compiled.create_infer_request()
     read = {name for port in compiled.inputs for name in port.get_names()}
     arrays = {name: as_array(tensor) for name, tensor in named_inputs(inputs).items() if name in read}
-    names = [port.get_any_name() for port in compiled.outputs]
+    names = [port.get_any_name().removeprefix(PREFIX) for port in compiled.outputs]
 
     def run() -> Any:
         request.infer(arrays, share_inputs=True)
