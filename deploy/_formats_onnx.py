@@ -24,7 +24,7 @@ def write_onnx(source: Source, path: Path, text: str) -> None:
     A batch of any size needs the graph of ``torch.export``: of a trace, reshapes inside MobileViT keep the batch that
     was traced, without a word. With a fixed batch the trace gives the same in a tenth of the time.
     """
-    if source.dynamic_batch or source.dynamic_size:
+    if source.dynamic_batch:
         _write_graph(source, path)
     else:
         _write_trace(source, path)

@@ -54,7 +54,6 @@ class Source:
         input_names: In the order of ``forward``.
         output_names: In the order in which it returns them.
         dynamic_batch: Whether the file is to take any number of images.
-        dynamic_size: Whether it is to take images of any height and width that are multiples of 32.
     """
 
     module: nn.Module
@@ -62,7 +61,6 @@ class Source:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     dynamic_batch: bool = False
-    dynamic_size: bool = False
 
 
 def as_list(outputs: Any) -> list[Tensor]:
@@ -81,18 +79,9 @@ def warm_up(source: Source) -> None:
 def graph_of(source: Source) -> torch.export.ExportedProgram:
     """The graph of one forward pass, as ``torch.export`` records it."""
     warm_up(source)
+    shapes = tuple({0: torch.export.Dim("batch")} for _ in source.inputs) if source.dynamic_batch else None
     with torch.no_grad(), quiet():
-        return torch.export.export(source.module, source.inputs, dynamic_shapes=_dynamic_shapes(source), strict=False)
-
-
-def _dynamic_shapes(source: Source) -> tuple[dict[int, Any], ...] | None:
-    if not (source.dynamic_batch or source.dynamic_size):
-        return None
-    batch: dict[int, Any] = {0: torch.export.Dim("batch")} if source.dynamic_batch else {}
-    size: dict[int, Any] = {}
-    if source.dynamic_size:
-        size = {2: 32 * torch.export.Dim("rows", min=1, max=256), 3: 32 * torch.export.Dim("columns", min=1, max=256)}
-    return tuple({**batch, **size} if tensor.ndim == 4 else batch for tensor in source.inputs)
+        return torch.export.export(source.module, source.inputs, dynamic_shapes=shapes, strict=False)
 
 
 @contextmanager

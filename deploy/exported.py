@@ -49,10 +49,10 @@ class Exported:
         return tuple(self.metadata["output_names"])
 
     @property
-    def size(self) -> tuple[int, int] | None:
-        """Height and width of its images in pixels; ``None`` for any multiple of 32."""
-        size = self.metadata["size"]
-        return None if size is None else (size[0], size[1])
+    def size(self) -> tuple[int, int]:
+        """Height and width of its images in pixels."""
+        height, width = self.metadata["size"]
+        return height, width
 
     @property
     def batch(self) -> int | None:
@@ -84,12 +84,9 @@ class Exported:
         fits = len(wanted) == len(shape) and all(
             side in (None, given) for side, given in zip(wanted, shape, strict=True)
         )
-        if fits and self.size is None and len(shape) == 4:
-            fits = shape[2] % 32 == 0 and shape[3] % 32 == 0
         if not fits:
             words = ", ".join("any" if side is None else str(side) for side in wanted)
-            any_size = ", height and width multiples of 32" if self.size is None else ""
-            raise ConfigError(f"{self.path}: {entry['name']} must have the shape ({words}){any_size}, not {shape}")
+            raise ConfigError(f"{self.path}: {entry['name']} must have the shape ({words}), not {shape}")
         if str(tensor.dtype) != f"torch.{entry['dtype']}":
             raise ConfigError(f"{self.path}: {entry['name']} must be {entry['dtype']}, not {tensor.dtype}")
 

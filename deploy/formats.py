@@ -25,6 +25,8 @@ def _everywhere() -> bool:
 class Format:
     """One kind of file, and what it can do.
 
+    Every file takes images of one size: tables of attention biases, anchors and windows are made for it.
+
     Attributes:
         name: What the command line calls it.
         description: One line for tables.
@@ -34,7 +36,6 @@ class Format:
         readers: What has to be importable to run it.
         tasks: Tasks whose networks it can hold.
         dynamic_batch: Whether a file can take any number of images.
-        dynamic_size: Whether a file can take images of any size.
         tolerance: Largest difference from the source that counts as rounding, relative to the largest value of an
             output.
         write: ``(source, path, metadata)`` writes the file or files.
@@ -52,7 +53,6 @@ class Format:
     readers: tuple[str, ...]
     tasks: tuple[str, ...]
     dynamic_batch: bool
-    dynamic_size: bool
     tolerance: float
     write: Callable[[Source, Path, str], None]
     attach: Callable[[Path, str], None] | None
@@ -71,7 +71,6 @@ _TABLE = (
         readers=("onnxruntime",),
         tasks=_ALL_TASKS,
         dynamic_batch=True,
-        dynamic_size=False,
         tolerance=1e-4,
         write=onnx.write_onnx,
         attach=onnx.attach_onnx,
@@ -87,7 +86,6 @@ _TABLE = (
         readers=("openvino",),
         tasks=_ALL_TASKS,
         dynamic_batch=True,
-        dynamic_size=False,
         tolerance=1e-4,
         write=onnx.write_openvino,
         attach=onnx.attach_openvino,
@@ -103,7 +101,6 @@ _TABLE = (
         readers=(),
         tasks=_ALL_TASKS,
         dynamic_batch=False,
-        dynamic_size=False,
         tolerance=1e-4,
         write=own.write_torchscript,
         attach=own.attach_torchscript,
@@ -119,7 +116,6 @@ _TABLE = (
         readers=(),
         tasks=_ALL_TASKS,
         dynamic_batch=True,
-        dynamic_size=False,
         tolerance=1e-4,
         write=own.write_pt2,
         attach=own.attach_pt2,
@@ -135,7 +131,6 @@ _TABLE = (
         readers=("coremltools",),
         tasks=("classification",),
         dynamic_batch=False,
-        dynamic_size=False,
         tolerance=1e-3,
         write=mobile.write_coreml,
         attach=mobile.attach_coreml,
@@ -152,7 +147,6 @@ _TABLE = (
         readers=("executorch",),
         tasks=("classification",),
         dynamic_batch=False,
-        dynamic_size=False,
         tolerance=1e-4,
         write=mobile.write_executorch,
         attach=None,

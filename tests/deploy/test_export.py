@@ -6,15 +6,21 @@ import dataclasses
 import itertools
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 from torch import nn
 
+from effvit.backbones._cvnets_patches import even, resize
+from effvit.backbones._windows import cut, merge
+from effvit.deploy import _formats_onnx
 from effvit.deploy import export as module_under_test
+from effvit.deploy._formats_source import Source
 from effvit.deploy.export import check_export, export
 from effvit.deploy.exported import metadata_of, open_exported
 from effvit.deploy.formats import FORMATS
 from effvit.errors import ConfigError, ExportError
+from effvit.tasks import Classification, Detection
 
 SIZE = (32, 64)
 
@@ -241,3 +247,88 @@ def test_export_refuses_before_it_touches_the_network(stand_ins, tmp_path):
     with pytest.raises(ExportError, match="cannot hold a network for detection"):
         export(module, "coreml", tmp_path / "a.mlpackage", size=SIZE)
     assert not list(tmp_path.iterdir())
+
+
+class Rounded(nn.Module):
+    """What MobileViT does to a map of odd sides, and EfficientViT to one that windows do not fill."""
+
+    def forward(self, grid):
+        resized = resize(grid.permute(0, 3, 1, 2), even(grid.shape[1]), even(grid.shape[2]), align_corners=False)
+        return resized, merge(cut(grid, 7), grid, 7)
+
+
+def test_sides_are_rounded_up_in_a_traced_onnx_file(tmp_path):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    grid = torch.rand(1, 9, 11, 2)
+    path = tmp_path / "a.onnx"
+    _formats_onnx.write_onnx(Source(Rounded(), (grid,), ("grid",), ("resized", "merged")), path, "{}")
+    resized, merged = _formats_onnx.open_onnx(path, 1)([grid])
+    assert resized.shape == (1, 2, 10, 12)
+    torch.testing.assert_close(merged, grid)
+
+
+_FAMILIES = (
+    "efficientvit_m0",
+    "efficientformer_l1",
+    "efficientformerv2_s0",
+    "mobilevit_xxs",
+    "mobilevitv2_050",
+    "dynamicvit_tiny",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+@pytest.mark.parametrize("backbone", _FAMILIES)
+@pytest.mark.parametrize("name", ["onnx", "openvino", "torchscript"])
+def test_classifiers_of_every_family(name, backbone, real_data, tmp_path):
+    for package in FORMATS[name].modules:
+        pytest.importorskip(package)
+    module = Classification(backbone, {1: "ant", 2: "bee"}).eval().deployable()
+    samples = [(image,) for image, _ in photographs(real_data, (224, 224))]
+    done = export(module, name, tmp_path / f"a{FORMATS[name].suffix}", size=(224, 224), batch=1, samples=samples)
+    assert done.parity.top1 == 1.0
+    assert done.parity.error < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+@pytest.mark.parametrize(
+    ("detector", "backbone"),
+    [
+        ("retinanet", "efficientvit_m0"),
+        ("retinanet", "efficientformer_l1"),
+        ("faster_rcnn", "mobilevitv2_050"),
+        ("mask_rcnn", "efficientvit_m0"),
+        ("ssdlite", "mobilevit_xxs"),
+    ],
+)
+@pytest.mark.parametrize("name", ["onnx", "openvino", "torchscript"])
+def test_detectors(name, detector, backbone, real_data, tmp_path):
+    """Of random weights, whose hundred best of many near-equal boxes are harder to agree on than trained ones."""
+    for package in FORMATS[name].modules:
+        pytest.importorskip(package)
+    size = (160, 224)
+    model = Detection(backbone, {1: "ant", 2: "bee"}, detector=detector, pyramid_channels=32, score_threshold=0.004)
+    samples = [
+        (image, torch.tensor([[144, size[1]]]), torch.tensor([original]))
+        for image, original in photographs(real_data, size)
+    ]
+    for image, _, _ in samples:
+        image[:, :, 144:] = 0
+    module = model.eval().deployable()
+    done = export(module, name, tmp_path / f"a{FORMATS[name].suffix}", size=size, batch=2, samples=samples)
+    assert done.parity.images == 4
+    assert done.parity.detections > 100
+    assert done.parity.unmatched <= 0.01 * done.parity.detections
+
+
+def photographs(real_data, size):
+    """Four photographs ``(1, 3, H, W)``, stretched to `size`, with their original height and width."""
+    found = []
+    for path in sorted((real_data / "ants_bees").rglob("*.jpg"))[:4]:
+        pixels = cv2.imread(str(path), cv2.IMREAD_COLOR_RGB)
+        resized = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA)
+        found.append((torch.from_numpy(resized).permute(2, 0, 1)[None].contiguous(), pixels.shape[:2]))
+    return found
