@@ -69,6 +69,7 @@ def _export(run: RebuiltRun, output: Path, own: argparse.Namespace) -> Export:
     samples: list[tuple[Tensor, ...]] = []
     if entry.runs_here():
         samples = _samples(run, module.task, preprocessing, canvas, own)
+    print(f"writing {output}: of {entry.name} this takes from seconds to some minutes", file=sys.stderr)
     return export(
         module,
         entry.name,
@@ -144,6 +145,7 @@ def _validation_data(run: RebuiltRun, preprocessing: Mapping[str, Any]) -> Light
     from lightning.pytorch import LightningDataModule
 
     from effvit import datamodules
+    from effvit._cli.lightning import first_cause
     from effvit._cli.parser import Parser
 
     for name in datamodules.__all__:  # so that a configuration may name them without their module
@@ -151,9 +153,15 @@ def _validation_data(run: RebuiltRun, preprocessing: Mapping[str, Any]) -> Light
     parser = Parser(prog="effvit export")
     parser.add_subclass_arguments(LightningDataModule, "data")
     given = run.config["data"]
-    options = {**given.get("init_args", {}), **preprocessing, "num_workers": 0}
+    stored = given.get("init_args", {})
+    known = {name: value for name, value in preprocessing.items() if name in stored or name == "published"}
+    options = {**stored, **known, "num_workers": 0}
     config = parser.parse_object({"data": {**given, "init_args": options}})
-    data: LightningDataModule = parser.instantiate_classes(config)["data"]
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the name since jsonargparse 4.49
+    try:
+        data: LightningDataModule = instantiate(config)["data"]
+    except (ValueError, RuntimeError, OSError) as error:  # jsonargparse words what a constructor raises in its own way
+        raise first_cause(error) from None
     data.setup("validate")
     return data
 
@@ -206,7 +214,9 @@ def _print_parity(done: Export) -> None:
     for name, error in found.errors.items():
         table.add_row(name, f"{found.differences[name]:.2g}", f"{error:.1e}", f"{found.tolerance:.0e}")
     get_console().print(table)
-    if found.detections is not None:
+    if found.detections == 0:
+        print("the network finds nothing on these images: name others with --images for a comparison of detections")
+    elif found.detections is not None:
         print(f"{found.detections} detections, {found.unmatched} of either side without a partner")
     elif found.top1 is not None:
         print(f"the same first class for {100 * found.top1:.1f} % of the images")

@@ -141,7 +141,7 @@ class EffvitCLI(LightningCLI):
         )
         parser.link_arguments("data", "model.init_args.categories", compute_fn=self._categories, apply_on="instantiate")
         parser.link_arguments("data", "model.init_args.pad_divisor", compute_fn=_pad_divisor, apply_on="instantiate")
-        parser.link_arguments("model.init_args.backbone", "data.init_args.published", compute_fn=_published_input)
+        parser.link_arguments("model.init_args.backbone", "data.init_args.published", compute_fn=self._published)
         parser.link_arguments(
             ("model.init_args.detector", "model.init_args.mmdet_config"),
             "data.init_args.masks",
@@ -162,7 +162,7 @@ class EffvitCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:
-            original = _first_cause(error)
+            original = first_cause(error)
             if original is error:
                 raise
             raise original from None
@@ -249,6 +249,11 @@ class EffvitCLI(LightningCLI):
         root = self.run.directory
         return [CSVLogger(root, "logs", version), TensorBoardLogger(root, "logs", version)]
 
+    def _published(self, backbone: str | None) -> dict[str, Any] | None:
+        """The network's published input; to predict, as the run has validated: its data may not crop, as the digits."""
+        stored: dict[str, Any] | None = (self.run.checkpoint or {}).get("effvit", {}).get("inputs", {}).get("published")
+        return stored or _published_input(backbone)
+
     def _categories(self, data: LightningDataModule) -> dict[int, str]:
         """Classes of the run: those of the checkpoint where there is one, otherwise those of the data."""
         stored = (self.run.checkpoint or {}).get("hyper_parameters", {}).get("categories")
@@ -316,7 +321,7 @@ def _explain_memory(verb: str, shape: tuple[int, ...], detail: str) -> str:
     return f"memory ran out{batch}. {less}. torch says: {detail.strip().splitlines()[0]}"
 
 
-def _first_cause(error: BaseException) -> BaseException:
+def first_cause(error: BaseException) -> BaseException:
     """The error of ours behind ``error``, or ``error`` itself."""
     cause: BaseException | None = error
     while cause is not None:
