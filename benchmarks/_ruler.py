@@ -12,21 +12,16 @@ resident size once model and input exist.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import multiprocessing
-import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 Variant = Callable[[], object]
-_ALLOCATOR_SETTINGS = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "LD_PRELOAD")
 
 
 @dataclass(frozen=True)
@@ -149,40 +144,25 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _peak_here(make: Callable[..., Variant], arguments: tuple[Any, ...]) -> float:
-    variant = make(*arguments)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or the calls would live on pages that building left behind, uncounted
-    # Building may have peaked higher than running ever will; 5 resets the mark (man 5 proc). ru_maxrss cannot be reset,
-    # and it outlives exec, so it would also hold the parent's peak.
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status("VmRSS")
-    for _ in range(3):
-        variant()
-    return (_status("VmHWM") - before) / 1000
+    from effvit.deploy.memory import peak_of
 
-
-def _status(name: str) -> float:
-    """A line of /proc/self/status, in kB."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(name + ":"):
-            return float(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {name}")
+    return peak_of(make(*arguments)) / 1e6
 
 
 def environment() -> dict[str, str]:
     """What a figure depends on besides the code: machine, versions, threads, allocator."""
     import torch
 
-    model = [line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if "model name" in line]
-    settings = [f"{name}={os.environ[name]}" for name in _ALLOCATOR_SETTINGS if os.environ.get(name)]
+    from effvit.deploy.environment import allocator, load, processor
+
     return {
-        "cpu": model[0].split(":")[1].strip() if model else platform.processor(),
+        "cpu": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
-        "allocator": "glibc, " + (" ".join(settings) if settings else "default settings"),
-        "load": " ".join(f"{value:.1f}" for value in os.getloadavg()),
+        "allocator": allocator(),
+        "load": " ".join(f"{value:.1f}" for value in load() or ()),
     }
 
 
