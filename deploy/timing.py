@@ -43,7 +43,7 @@ class WarmUp:
 
 
 def warm_up(
-    call: Call, device: str, *, window: float = 0.05, most: float = 5.0, tolerance: float = _TOLERANCE
+    call: Call, device: str, *, window: float = 0.05, most: float = 3.0, tolerance: float = _TOLERANCE
 ) -> WarmUp:
     """Calls until the time of a call has settled: the medians of three windows in a row differ by little.
 
