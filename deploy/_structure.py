@@ -31,8 +31,8 @@ def stages_of(module: nn.Module, called: set[nn.Module]) -> dict[str, list[nn.Mo
     for holder, name, child in _around(module, path):
         if f"{name}." in f"{path}.":
             modules = [child] if child in called else []
-        elif _is_plain(child) and holder in called and holder is not module:
-            modules = []  # a layer of its own, and its time
+        elif all(map(_is_plain, child.modules())) and holder in called and holder is not module:
+            modules = []  # layers of its own: that is its time
         else:
             modules = list(topmost_called(child, called))
         found[_short(name, found)] = modules

@@ -1,4 +1,4 @@
-"""Networks of a few layers that look like what a task gives for export."""
+"""Networks of a few layers that look like what a task gives for export, and a clock that layers turn."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+
+from effvit.deploy import parts, timing
 
 
 class _StandIn(nn.Module):
@@ -74,3 +76,34 @@ def stand_ins() -> SimpleNamespace:
             return kind().eval()
 
     return SimpleNamespace(classifier=lambda: made(Classifier), detector=lambda: made(Detector))
+
+
+class Clock:
+    """A clock that only runs while a layer says so: what is measured with it is known to the last digit."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        for module in (parts, timing):
+            monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: self.now))
+
+    def layer(self, seconds):
+        return _Taking(self, seconds)
+
+
+class _Taking(nn.Module):
+    """Returns its input after some time."""
+
+    def __init__(self, clock, seconds):
+        super().__init__()
+        self.clock = clock
+        self.seconds = seconds
+
+    def forward(self, x):
+        self.clock.now += self.seconds
+        return x
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stands in for the clock of `effvit.deploy.parts` and `effvit.deploy.timing`; its layers take time."""
+    return Clock(monkeypatch)
