@@ -22,8 +22,6 @@ _PLAIN = (
     "model", "runtime", "precision", "device", "threads", "batch", "asked_batch", "throughput", "peak_memory", "params",
     "macs", "error", "agreement", "prepare_seconds", "accuracy", "accuracy_name", "note",
 )  # fmt: skip
-#: What of the environment stands above a table.
-_SHOWN = ("processor", "gpu", "cores", "threads", "allocator", "load", "governor", "torch", "onnxruntime", "openvino")
 
 
 def as_json(report: Report) -> str:
@@ -66,7 +64,7 @@ def as_markdown(report: Report) -> str:
         "memory MB", "params M", "MACs G", "accuracy", "differs by",
     ]  # fmt: skip
     rows = [_row(record) for record in report.records]
-    lines = [*environment_lines(report.environment), "", *table(head, rows), ""]
+    lines = [environment_line(report.environment), "", *table(head, rows), ""]
     lines += [f"- {_title(record)}: {record.note}" for record in report.records if record.note]
     lines += list(_part_lines(report.records))
     accuracies = sorted({record.accuracy_name for record in report.records if record.accuracy is not None})
@@ -74,10 +72,21 @@ def as_markdown(report: Report) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def environment_lines(environment: Mapping[str, Any]) -> list[str]:
-    """What the figures depend on besides the networks, for people."""
-    known = [f"{name} {environment[name]}" for name in _SHOWN if environment.get(name) not in (None, "", "none")]
-    return ["; ".join(known)]
+def environment_line(environment: Mapping[str, Any]) -> str:
+    """What the figures depend on besides the networks, for people; `environment` of a JSON report has all of it."""
+    versions = environment.get("packages", {})
+    facts = {
+        "": environment.get("processor") if environment.get("device") == "cpu" else environment.get("gpu"),
+        "cores": environment.get("cores", {}).get("usable"),
+        "threads": environment.get("threads"),
+        "governor": environment.get("governor"),
+        "load before": " ".join(f"{load:.1f}" for load in environment.get("load_before") or ()),
+        "allocator": environment.get("allocator"),
+        "driver": environment.get("driver"),
+        "torch": environment.get("torch"),
+        **{name: versions.get(name) for name in ("onnxruntime", "openvino")},
+    }
+    return "; ".join(f"{name} {value}".strip() for name, value in facts.items() if value not in (None, ""))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, text_columns: int = 3) -> list[str]:
