@@ -8,7 +8,9 @@ themselves, and fused forms write in place, which exporters dislike.
 from __future__ import annotations
 
 import contextlib
-import io
+import ctypes
+import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,8 +130,7 @@ def onnx_file(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
     network = copied(module, fused=False)
-    # The exporter prints the graph when it fails; our error says why.
-    with quiet(), contextlib.redirect_stdout(io.StringIO()), _without_fast_path(), converting(module, "ONNX"):
+    with quiet(), _without_stdout(), _without_fast_path(), converting(module, "ONNX"):
         names = list(flatten(network(*inputs)))  # the first forward also fills timm's caches, which would be traced
         with StaticShapes():
             torch.onnx.export(
@@ -141,6 +142,21 @@ def _export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
                 opset_version=OPSET,
                 dynamo=False,
             )
+
+
+@contextlib.contextmanager
+def _without_stdout() -> Iterator[None]:
+    """The exporter's compiled part prints the whole graph when it fails; our error says why."""
+    sys.stdout.flush()
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # what it has printed and not yet written
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(nowhere)
 
 
 @contextlib.contextmanager

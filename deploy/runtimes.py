@@ -235,7 +235,7 @@ def _matched(
 def _error(found: Tensor, expected: Tensor) -> float:
     if not expected.numel():
         return 0.0
-    own, other = found.double(), expected.double()
+    own, other = found.detach().double(), expected.detach().double()
     if not (own.isfinite().all() and other.isfinite().all()):
         return float("inf")
     largest = float(other.abs().max())
