@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from effvit.deploy import _runtimes_compiled, _runtimes_onnx, _runtimes_openvino, _runtimes_torch
-from effvit.deploy._runtimes_contract import Prepared, Runtime, Setting, evaluating, require_cuda
+from effvit.deploy._runtimes_contract import Prepared, Runtime, Setting, converting, evaluating, require_cuda
 from effvit.errors import ConfigError, ExportError, close_matches
 
 __all__ = ["RUNTIMES", "Agreement", "Prepared", "Runtime", "Setting", "check", "compare", "prepare", "require"]
@@ -133,7 +134,9 @@ def prepare(module: nn.Module, inputs: tuple[Tensor, ...], runtime: str, setting
         raise ConfigError(f"{type(module).__name__} is in training mode. Call eval() before it is measured.")
     torch.set_num_threads(setting.threads)
     start = time.perf_counter()
-    with evaluating():
+    # Not every network runs in every type of floats; one that does not run at all is its author's to see as it is.
+    lowered = setting.precision != "fp32"
+    with evaluating(), converting(module, f"{runtime} in {setting.precision}") if lowered else nullcontext():
         ready = found.prepare(module, inputs, setting)
     ready.seconds = time.perf_counter() - start
     _name(ready, getattr(module, "output_names", None))

@@ -284,6 +284,18 @@ def test_no_chatter(tiny, inputs, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_network_of_one_type_alone_says_so_in_another():
+    class Stubborn(Block):
+        def forward(self, images):
+            return super().forward(images.float())
+
+    network, images = seeded(Stubborn()), torch.rand(1, 3, 8, 8)
+    with pytest.raises(ExportError, match="Stubborn cannot be converted for eager in bf16"):
+        prepare(network, (images,), "eager", Setting(precision="bf16"))
+    with pytest.raises(RuntimeError, match="channels"):
+        prepare(network, (images[:, :1],), "eager", Setting())
+
+
 def test_memory_that_ran_out_is_no_failed_conversion(tiny):
     for error in (MemoryError(), torch.OutOfMemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         with pytest.raises(type(error)) as raised, converting(tiny, "ONNX"):
