@@ -98,11 +98,26 @@ def files_for(
         num_workers: Processes that load images.
         unreadable: What to do about a file that cannot be read, see ``ImageFiles``.
     """
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in preprocessing.items()}
-    kind = ClassifiedFiles if task == "classification" else CanvasFiles
-    data = kind(images, batch_size=batch_size, num_workers=num_workers, unreadable=unreadable, **options)
-    if isinstance(data, CanvasFiles):
-        data.canvas = canvas
+    if task == "classification":
+        return ClassifiedFiles(
+            images,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            image_size=preprocessing["image_size"],
+            published=preprocessing["published"],
+            unreadable=unreadable,
+        )
+    first, second = preprocessing["image_size"]
+    data = CanvasFiles(
+        images,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        image_size=(first, second),
+        resize=preprocessing["resize"],
+        pad_divisor=preprocessing["pad_divisor"],
+        unreadable=unreadable,
+    )
+    data.canvas = canvas
     return data
 
 

@@ -32,7 +32,7 @@ class ExportedTask(LightningModule):
     def __init__(self, exported: Exported) -> None:
         super().__init__()
         metadata = exported.metadata
-        if exported.size is None or "preprocessing" not in metadata:
+        if "preprocessing" not in metadata:
             raise ExportError(
                 f"{exported.path} does not say how images are resized for it: it was not written by `effvit export`. "
                 "Run it from Python with effvit.deploy.exported.open_exported"

@@ -199,7 +199,6 @@ class HardwareBenchmark(Callback):
         self._entries.append(
             {
                 "stage": trainer.state.fn.value if trainer.state.fn else "",
-                "epoch": trainer.current_epoch,
                 "step": trainer.global_step,
                 "records": [asdict(record) for record in records],
                 "environment": machine,

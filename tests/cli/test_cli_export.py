@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 
 from effvit._cli.exported_inputs import canvas_of, fitted, preprocessing_of
 from effvit.deploy.exported import metadata_of
+from effvit.deploy.formats import FORMATS
 from effvit.errors import ConfigError
 from effvit.tasks import Classification, Detection
 
@@ -169,6 +171,21 @@ def test_the_formats_are_listed(cli):
     assert done.code == 0
     for name in ("onnx", "openvino", "torchscript", "pt2", "coreml", "executorch"):
         assert name in done.out
+
+
+def test_the_page_says_what_the_table_of_formats_does():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if re.match(r"\| `\w+` \| `\.", line)
+    ]
+    assert [row[0].strip("`") for row in rows] == list(FORMATS)
+    for row, entry in zip(rows, FORMATS.values(), strict=True):
+        assert row[1].split(" + ")[0] == f"`{entry.suffix}`"
+        assert row[3] == (f"`effvit[{entry.extra}]`" if entry.extra else "-")
+        assert row[4] == ", ".join(entry.tasks)
+        assert row[5] == ("classification" if entry.dynamic_batch else "no")  # a detector's is fixed in any
 
 
 @pytest.mark.parametrize(
