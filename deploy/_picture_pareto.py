@@ -54,13 +54,11 @@ def draw(figure: Figure, records: Sequence[Record]) -> None:
         if rated:
             _panel(axes, own, title)
         else:
-            _bars(
-                axes, own, [model for model in models if any(r.model == model for s in own for r in s.records)], title
-            )
+            _bars(axes, own, title)
     _arrange(figure, inches, _footnote(records, shown, bool(rated)))
     for axes, batch in zip(figure.axes if rated else (), batches, strict=False):
-        own = [record for record in shown if record.asked_batch == batch]
-        write_names(axes, [Mark(plain(record.model), *_milliseconds(record), record.accuracy or 0.0) for record in own])
+        of_batch = [record for record in shown if record.asked_batch == batch]
+        write_names(axes, [Mark(plain(one.model), *_milliseconds(one), one.accuracy or 0.0) for one in of_batch])
 
 
 def _arrange(figure: Figure, inches: float, footnote: str) -> None:
@@ -172,8 +170,9 @@ def _logarithmic(axes: Axes) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _bars(axes: Axes, series: Sequence[_Series], models: Sequence[str], title: str) -> None:
+def _bars(axes: Axes, series: Sequence[_Series], title: str) -> None:
     """Latency of each model, a bar a runtime."""
+    models = list(dict.fromkeys(record.model for one in series for record in one.records))
     height = 0.8 / len(series)
     for index, one in enumerate(series):
         places = [models.index(record.model) + (index - (len(series) - 1) / 2) * height for record in one.records]
