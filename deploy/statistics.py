@@ -70,16 +70,18 @@ def ratio(baseline_rounds: Rounds, rounds: Rounds) -> Ratio:
 
 
 def _interval(centres: _Array, estimate: float) -> tuple[float, float]:
-    """The interval of `estimate`, from one figure of each round."""
+    """The interval of `estimate`, from one figure of each round; in logarithms, as no time or ratio is below zero."""
     count = len(centres)
     if count < 2:
         return (estimate, estimate)  # one round says nothing about others
+    centres, middle = np.log(centres), math.log(estimate)
     draws = np.random.default_rng(_SEED).integers(0, count, (_DRAWS, count))
     medians = np.median(centres[draws], axis=1)
     tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * _student((1 + _LEVEL) / 2, count - 1))
     low, high = (float(np.quantile(medians, share)) for share in (tail, 1 - tail))
     widen = _widening(centres)
-    return (min(estimate, estimate - widen * (estimate - low)), max(estimate, estimate + widen * (high - estimate)))
+    below, above = widen * max(middle - low, 0.0), widen * max(high - middle, 0.0)
+    return (math.exp(middle - below), math.exp(middle + above))
 
 
 def _widening(centres: _Array) -> float:

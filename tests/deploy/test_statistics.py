@@ -35,7 +35,7 @@ def test_the_interval_covers_the_true_median(rounds):
 
 
 def test_the_interval_knows_of_a_machine_that_drifts():
-    assert coverage(0.5) >= 0.88  # without its widening it is 0.8
+    assert coverage(0.7) >= 0.88  # without its widening it is 0.78
 
 
 def test_one_sure_round_is_not_many():
@@ -95,3 +95,10 @@ def test_rounds_belong_together():
 @pytest.mark.parametrize("freedom", [3, 6, 8, 30])
 def test_students_t(freedom):
     assert _student(0.975, freedom) == pytest.approx(stats.t(freedom).ppf(0.975), rel=0.01)
+
+
+def test_no_interval_reaches_below_zero():
+    """Two quiet rounds and many disturbed ones, one after the other."""
+    rounds = [[1.0], [1.0], [1.5], [6.0], [9.0], [12.0], [14.0], [14.0], [15.0]]
+    found = summarise(rounds)
+    assert 0 < found.ci95[0] < 1 < found.median < 15 < found.ci95[1]
