@@ -238,7 +238,7 @@ def _models(protocol: Protocol) -> list[str]:
 
 def _say_departures(own: argparse.Namespace, protocol: Protocol) -> None:
     """Names what of the protocol the command line overrides."""
-    wanted = {
+    wanted: dict[str, tuple[Sequence[object], Sequence[object]]] = {
         "device": ([own.device] if own.device else [], [protocol.device]),
         "threads": ([own.threads] if own.threads else [], [protocol.threads]),
         "precisions": (own.precisions or [], [protocol.precision]),

@@ -20,19 +20,23 @@ METADATA_KEY = "effvit"
 
 
 class Deployable(Protocol):
-    """What a task gives for export: an ``nn.Module`` with normalisation and decoding inside, and what it is.
+    """What a task gives for export: an ``nn.Module`` with normalisation and decoding inside, and what it is."""
 
-    Attributes:
-        task: ``classification`` or ``detection``.
-        input_names: What ``forward`` takes, images first.
-        output_names: What it returns, in that order.
-        dynamic_batch: Whether ``torch.export`` can record it for any number of images.
-    """
+    @property
+    def task(self) -> str:
+        """``classification`` or ``detection``."""
 
-    task: str
-    dynamic_batch: bool
-    input_names: Sequence[str]
-    output_names: Sequence[str]
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether ``torch.export`` can record it for any number of images."""
+
+    @property
+    def input_names(self) -> Sequence[str]:
+        """What ``forward`` takes, images first."""
+
+    @property
+    def output_names(self) -> Sequence[str]:
+        """What ``forward`` returns, in that order."""
 
     def __call__(self, *inputs: Tensor) -> Any:
         """What `output_names` names."""

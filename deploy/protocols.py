@@ -212,8 +212,8 @@ PROTOCOLS: dict[str, Protocol] = {
             ),
             claims=(),
             source=(
-                "arXiv 2206.01191 Table 1, arXiv 2212.08059 Table 1, arXiv 2110.02178 section 4.3; the two EfficientFormer "
-                "papers measured with different tools of Apple's"
+                "arXiv 2206.01191 Table 1, arXiv 2212.08059 Table 1, arXiv 2110.02178 section 4.3; the two "
+                "EfficientFormer papers measured with different tools of Apple's"
             ),
         ),
     )
