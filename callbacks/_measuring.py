@@ -120,7 +120,8 @@ def _peak_memory(call: _Call, device: torch.device) -> int:
     if device.type != "cuda":
         with PeakOfTensors() as live:
             call()
-        return live.peak
+        found: int = live.peak
+        return found
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     call()
