@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from effvit.deploy._looks import GREY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
     from matplotlib.transforms import Bbox
 
 #: Where a name may stand, in points from its mark: on the right of it first, then ever further away.
@@ -60,19 +60,19 @@ def _write(axes: Axes, mark: Mark, taken: Sequence[Bbox]) -> Bbox:
         path_effects=[withStroke(linewidth=2.5, foreground="white")],
         zorder=4,
     )
-    renderer = cast("FigureCanvasAgg", axes.figure.canvas).get_renderer()
+    renderer = _renderer(axes)
     reach = [abs(side - axes.transData.transform((mark.x, mark.y))[0]) for side in _sides(axes, mark)]
     scale = 72 / axes.figure.dpi
     found = []
     for rank, (x, y) in enumerate(_PLACES):
         offset = x + scale * (reach[1] if x > 0 else -reach[0]) * (abs(y) <= _FAR)
-        text.set_ha("left" if x > 0 else "right")
+        text.set_horizontalalignment("left" if x > 0 else "right")
         text.xyann = (offset, y)
         text.update_positions(renderer)
         box = Text.get_window_extent(text, renderer)
-        found.append((_cost(axes, box, taken) + rank, offset, y, text.get_ha(), box))
+        found.append((_cost(axes, box, taken) + rank, offset, y, text.get_horizontalalignment(), box))
     _, offset, y, side, box = min(found, key=lambda place: place[0])
-    text.set_ha(side)
+    text.set_horizontalalignment(side)
     text.xyann = (offset, y)
     if abs(y) > _FAR:
         line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
@@ -80,17 +80,22 @@ def _write(axes: Axes, mark: Mark, taken: Sequence[Bbox]) -> Bbox:
     return box
 
 
+def _renderer(axes: Axes) -> RendererAgg:
+    return cast("FigureCanvasAgg", axes.figure.canvas).get_renderer()  # type: ignore[no-untyped-call,no-any-return]
+
+
 def _cost(axes: Axes, box: Bbox, taken: Sequence[Bbox]) -> float:
     frame = axes.get_window_extent()
-    outside = max(0.0, frame.x0 - box.x0) + max(0.0, box.x1 - frame.x1)
+    outside: float = max(0.0, frame.x0 - box.x0) + max(0.0, box.x1 - frame.x1)
     outside += max(0.0, frame.y0 - box.y0) + max(0.0, box.y1 - frame.y1)
-    return sum(_overlap(box, other) for other in taken) + 100 * outside
+    covered: float = sum(_overlap(box, other) for other in taken)
+    return covered + 100 * outside
 
 
 def _overlap(one: Bbox, other: Bbox) -> float:
     """Area that two boxes share, in square pixels."""
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    width: float = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height: float = min(one.y1, other.y1) - max(one.y0, other.y0)
     return width * height if width > 0 and height > 0 else 0.0
 
 
@@ -111,11 +116,11 @@ def _taken(axes: Axes, marks: Sequence[Mark]) -> list[Bbox]:
         boxes.append(Bbox(((min(low, x - _RADIUS), y - _RADIUS), (max(high, x + _RADIUS), y + _RADIUS))))
     for line in axes.lines:
         drawn = line.get_linestyle() != "None"
-        points = line.get_transform().transform_path(line.get_path()).vertices if drawn else ()
+        points: Any = line.get_transform().transform_path(line.get_path()).vertices if drawn else ()
         for (x, y), (u, v) in itertools.pairwise(points):
             corners = (min(x, u) - _LINE, min(y, v) - _LINE), (max(x, u) + _LINE, max(y, v) + _LINE)
             boxes.append(Bbox(corners))
     legend = axes.get_legend()
     if legend is not None:
-        boxes.append(legend.get_window_extent(cast("FigureCanvasAgg", axes.figure.canvas).get_renderer()))
+        boxes.append(legend.get_window_extent(_renderer(axes)))
     return boxes
