@@ -87,6 +87,7 @@ class RoIPooling:
         for number in range(len(self.strides)):
             regions = torch.cat([image, flat * (levels == number).to(flat.dtype)], dim=1)
             pooled = self._pool_level(maps, regions, number, size)
+            pooled = pooled.where((levels == number)[:, :, None, None], 0)  # OpenVINO samples a point too
             total = pooled if total is None else total + pooled
         assert total is not None
         return total
