@@ -47,12 +47,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the measurements there, one JSON object a line")
     arguments = parser.parse_args()
     print(", ".join(f"{key} {value}" for key, value in environment().items()), flush=True)
-    measurements = [
-        in_own_process(classify, name, batch, tuple(arguments.runtimes), arguments.rounds)
-        for batch in arguments.batch
-        for name in arguments.models
-    ]
-    print(to_markdown(measurements))
+    measurements: list[Measurement] = []
+    for batch in arguments.batch:
+        for name in arguments.models:
+            row = in_own_process(classify, name, batch, tuple(arguments.runtimes), arguments.rounds)
+            print("\n".join(to_markdown([row]).splitlines()[2 if measurements else 0 :]), flush=True)
+            measurements.append(row)
     if arguments.json:
         arguments.json.write_text("".join(f"{m.to_json()}\n" for m in measurements), encoding="utf-8")
 
