@@ -248,3 +248,18 @@ def test_columns_beside_the_accuracy():
     assert list(table.columns[-1].cells) == ["0.072", ""]
     table = metrics_table({"loss": 0.5}, "Validation", hardware)
     assert list(table.columns[0].cells) == ["loss", "ms b1", "ms b16", "MB b1"]
+
+
+@pytest.mark.slow
+def test_two_processes_measure_once_and_both_go_on(cli, tmp_path):
+    process = cli.start(
+        "fit", "-c", "classification/digits", "--data.image_size", 32, "--trainer.max_epochs", 2,
+        "--trainer.limit_train_batches", 2, "--trainer.limit_val_batches", 1, "--run_dir", tmp_path / "run",
+        "--trainer.callbacks+=HardwareBenchmark", "--trainer.callbacks.every_n_epochs=1",
+        "--trainer.devices", 2, "--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", cwd=tmp_path,
+    )  # fmt: skip
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, said
+    measurements = json.loads((tmp_path / "run" / "hardware.json").read_text())["measurements"]
+    assert [entry["step"] for entry in measurements] == [2, 4]
+    assert "ms b1" in said
