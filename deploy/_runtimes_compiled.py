@@ -52,8 +52,10 @@ def compiled(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) ->
     # Each network and batch size is compiled on its own. torch counts them together where they share a class, makes
     # shapes dynamic from the second on, and silently stops compiling after the eighth.
     limits = torch._dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY)  # noqa: SLF001
-    with quiet(), _cache(setting.folder), limits, converting(module, "torch.compile"):
-        return ready(torch.compile(network, dynamic=False, options=_OPTIONS), inputs, warm=2)
+    # Not as options of torch.compile: those reach the backend alone, and weights would stay inputs of the graph.
+    frozen = torch._inductor.config.patch(_OPTIONS)  # noqa: SLF001
+    with quiet(), _cache(setting.folder), limits, frozen, converting(module, "torch.compile"):
+        return ready(torch.compile(network, dynamic=False), inputs, warm=2)
 
 
 def pt2(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:

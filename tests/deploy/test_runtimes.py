@@ -136,7 +136,7 @@ def test_outputs_of_compiled_networks_are_eagers(tiny, inputs, expected, runtime
 
 @pytest.mark.slow
 def test_many_networks_of_one_class_are_all_compiled(monkeypatch):
-    """torch gives up on a class after eight networks, silently, unless it is told not to."""
+    """Frozen weights are one network's own, and torch silently gives up on a class after eight networks."""
     graphs = []
 
     def count(graph, _):
