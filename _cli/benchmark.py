@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from effvit._cli.allocator import tune_allocator
 from effvit._cli.launch import unused
-from effvit._cli.subjects import KINDS, checkpoint_subject, named_subject, parse_size, parse_spec
+from effvit._cli.subjects import KINDS, checkpoint_subject, file_name, image_size, named_subject, parse_spec
 from effvit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ cost does not depend on the weights.
 #: Runtimes where none are asked for: these, and of the others those that are installed and take seconds to prepare.
 _ALWAYS = ("eager", "fused")
 _WHERE_INSTALLED = ("onnx", "openvino")
+_ROUNDS, _SECONDS = 9, 0.2
+#: Options that say how a time is measured, which a profile does in its own way, and those that telephones' files fix.
+_OF_TIMES = ("protocol", "runtimes", "precisions", "rounds", "seconds", "no_memory")
+_NOT_MOBILE = ("checkpoint", "runtimes", "precisions", "batch_sizes", "image_size", "device")
 
 
 def benchmark(words: Sequence[str]) -> int:
@@ -53,6 +57,7 @@ def benchmark(words: Sequence[str]) -> int:
     if own.list:
         return _print_lists()
     own.allocator_in_force = tune_allocator(own.allocator)
+    _refuse_contradictions(own)
     if own.protocol is not None:
         return _run_protocol(own, words)
     subjects = _subjects(own, own.models)
@@ -79,17 +84,35 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runtimes", nargs="+", metavar="NAME", help="default: eager, fused, and what is installed")
     parser.add_argument("--precisions", nargs="+", metavar="NAME", help="fp32, bf16, fp16, int8 (fp32)")
     parser.add_argument("--batch_sizes", nargs="+", type=_positive, metavar="N", help="images in a batch (1)")
-    parser.add_argument("--image_size", metavar="SIDE|HxW", help="pixels; default: the published size of each")
+    parser.add_argument(
+        "--image_size", nargs="+", type=_positive, metavar="N", help="side, or height and width; default: as published"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu, or the protocol's")
     parser.add_argument("--threads", type=_positive, help="threads on the CPU (1)")
     parser.add_argument("--protocol", metavar="NAME", help="measure as a paper did, beside its figures")
     parser.add_argument("--profile", action="store_true", help="where the time goes, by kind of work and by block")
-    parser.add_argument("--rounds", type=_positive, default=9, help="visits of each network and runtime (9)")
-    parser.add_argument("--seconds", type=_seconds, default=0.2, help="seconds of a visit, one batch at least (0.2)")
+    parser.add_argument("--rounds", type=_positive, help=f"visits of each network and runtime ({_ROUNDS})")
+    parser.add_argument("--seconds", type=_seconds, help=f"seconds of a visit, one batch at least ({_SECONDS})")
     parser.add_argument("--no_memory", action="store_true", help="leave out peak memory, which takes a process each")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (runs/benchmark)")
     parser.add_argument("--allocator", choices=("tuned", "default"), default="default", help="see effvit fit --help")
     return parser
+
+
+def _refuse_contradictions(own: argparse.Namespace) -> None:
+    """Refuses options that would be ignored."""
+    if own.profile:
+        _refuse(own, _OF_TIMES, "--profile")
+    elif own.protocol == "mobile":
+        _refuse(own, _NOT_MOBILE, "--protocol mobile, which writes files for one image of the published size")
+    if own.protocol is not None and own.kind != "classifier":
+        raise ConfigError(f"the papers' protocols are of classifiers: leave --kind {own.kind} out")
+
+
+def _refuse(own: argparse.Namespace, names: Sequence[str], what: str) -> None:
+    given = [name for name in names if getattr(own, name)]
+    if given:
+        raise ConfigError(f"--{given[0]} says nothing to {what}: leave it out")
 
 
 def _positive(text: str) -> int:
@@ -115,7 +138,7 @@ def _subjects(own: argparse.Namespace, models: Sequence[str]) -> list[Subject]:
         raise ConfigError(
             "name networks to measure, or give --checkpoint FILE or --protocol NAME; `effvit backbones` lists networks"
         )
-    size = None if own.image_size is None else parse_size(own.image_size, "--image_size")
+    size = None if own.image_size is None else image_size(own.image_size, "--image_size")
     found = [named_subject(spec, own.kind, size) for spec in specs]
     found += [checkpoint_subject(path, size) for path in own.checkpoint]
     names = [subject.name for subject in found]
@@ -160,8 +183,8 @@ def _measure(
         precisions=precisions,
         device=own.device or "cpu",
         threads=own.threads or 1,
-        rounds=own.rounds,
-        seconds=own.seconds,
+        rounds=own.rounds or _ROUNDS,
+        seconds=own.seconds or _SECONDS,
         memory=not own.no_memory,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
@@ -174,18 +197,27 @@ def _command(words: Sequence[str]) -> str:
 
 
 def _write(report: Report, output: Path, extra: str = "") -> None:
-    """The files, and the table in the terminal."""
+    """The table in the terminal, and the files."""
     from effvit.deploy.pictures import draw_pareto
     from effvit.deploy.reports import as_csv, as_json, as_markdown
 
     text = as_markdown(report) + (f"\n{extra}" if extra else "")
-    _make_folder(output)
-    (output / "benchmark.json").write_text(as_json(report), encoding="utf-8")
-    (output / "benchmark.csv").write_text(as_csv(report), encoding="utf-8")
-    (output / "benchmark.md").write_text(f"`{report.command}`\n\n{text}", encoding="utf-8")
-    draw_pareto(report.records, output / "pareto.png")
     print(text)
-    print(f"benchmark.md, benchmark.csv, benchmark.json with all samples, pareto.png: {output}")
+    _write_text(output / "benchmark.json", as_json(report))
+    _write_text(output / "benchmark.csv", as_csv(report))
+    _write_text(output / "benchmark.md", f"`{report.command}`\n\n{text}")
+    written = "benchmark.md, benchmark.csv, benchmark.json with all samples"
+    if any(record.latency is not None for record in report.records):
+        draw_pareto(report.records, output / "pareto.png")
+        written += ", pareto.png"
+    print(f"{written}: {output}")
+
+
+def _write_text(path: Path, text: str) -> None:
+    from effvit.deploy._files import whole_file
+
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _make_folder(output: Path) -> None:
@@ -207,7 +239,9 @@ def _run_protocol(own: argparse.Namespace, words: Sequence[str]) -> int:
 
         _make_folder(output)
         specs = [parse_spec(text) for text in own.models or _models(protocol)]
-        report = measure_mobile(specs, output, threads=own.threads or 1, rounds=own.rounds, seconds=own.seconds)
+        report = measure_mobile(
+            specs, output, threads=own.threads or 1, rounds=own.rounds or _ROUNDS, seconds=own.seconds or _SECONDS
+        )
         report = replace(report, command=_command(words))
     else:
         _say_departures(own, protocol)
@@ -248,6 +282,8 @@ def _say_departures(own: argparse.Namespace, protocol: Protocol) -> None:
         if given and given != published:
             words = " ".join(map(str, given))
             print(f"departs from the protocol: --{name} {words} for its {published[0]}", file=sys.stderr)
+    if own.image_size:
+        print("departs from the protocol: --image_size, where it takes the published sizes", file=sys.stderr)
 
 
 def _profile(own: argparse.Namespace, subjects: Sequence[Subject], output: Path) -> int:
@@ -261,19 +297,15 @@ def _profile(own: argparse.Namespace, subjects: Sequence[Subject], output: Path)
         for batch in own.batch_sizes or [1]:
             print(f"profiling {subject.name}, batch {batch}", file=sys.stderr, flush=True)
             found = profile(subject, batch, device=own.device or "cpu", threads=own.threads or 1)
-            stem = f"profile_{_file_name(subject.name)}_b{batch}"
+            stem = f"profile_{file_name(subject.name)}_b{batch}"
             draw_profile(found, output / f"{stem}.png")
-            (output / f"{stem}.json").write_text(profile_json(found), encoding="utf-8")
+            _write_text(output / f"{stem}.json", profile_json(found))
             texts.append(profile_markdown(found))
     text = "\n".join(texts)
-    (output / "profile.md").write_text(text, encoding="utf-8")
+    _write_text(output / "profile.md", text)
     print(text)
     print(f"profile.md, and a picture and a JSON of each network: {output}")
     return 0
-
-
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in name)
 
 
 def _print_lists() -> int:

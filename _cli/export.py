@@ -60,11 +60,13 @@ def export(words: Sequence[str]) -> int:
 
 def _export(run: RebuiltRun, output: Path, own: argparse.Namespace) -> Export:
     from effvit._cli.exported_inputs import canvas_of, preprocessing_of
+    from effvit._cli.subjects import image_size
     from effvit.deploy.export import check_export, export
 
     module = run.task.deployable()
     entry = check_export(module.task, own.format, output, batch=own.batch_size)
-    canvas = canvas_of(module.task, run.inputs, _size(own.image_size))
+    size = image_size(own.image_size, "--image_size") if own.image_size else None
+    canvas = canvas_of(module.task, run.inputs, size)
     preprocessing = preprocessing_of(module.task, run.inputs, canvas)
     samples: list[tuple[Tensor, ...]] = []
     if entry.runs_here():
@@ -95,9 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--image_size",
         type=int,
-        nargs=2,
-        metavar=("H", "W"),
-        help="height and width of the images that the file takes (default: as in the run)",
+        nargs="+",
+        metavar="N",
+        help="side, or height and width, of the images that the file takes, in pixels (default: as in the run)",
     )
     parser.add_argument(
         "--batch_size",
@@ -112,10 +114,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--parity_images", type=int, default=8, metavar="N", help="how many images to compare on (8)")
     return parser
-
-
-def _size(given: list[int] | None) -> tuple[int, int] | None:
-    return (given[0], given[1]) if given else None
 
 
 def _samples(

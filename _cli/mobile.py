@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effvit._cli.subjects import Spec
+from effvit._cli.subjects import Spec, file_name
 from effvit.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
@@ -94,9 +94,9 @@ def _write(spec: Spec, entry: Format, folder: Path) -> _File:
     task = Classification(backbone=spec.name, categories=categories, backbone_options=spec.options or None)
     module = task.deployable().eval()
     file = _File(spec, entry.name, spec.size or outline(spec.name).input_spec.size, module)
-    name = "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in spec.text)
+    path = folder / f"{file_name(spec.text)}{entry.suffix}"
     try:
-        file.written = export(module, entry.name, folder / f"{name}{entry.suffix}", size=file.size, batch=1)
+        file.written = export(module, entry.name, path, size=file.size, batch=1)
     except ExportError as error:
         file.notes.append(str(error))
         return file

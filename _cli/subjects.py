@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,30 +51,38 @@ def parse_spec(text: str) -> Spec:
     """
     rest, _, words = text.partition(":")
     name, at, size = rest.partition("@")
-    return Spec(text, name, parse_size(size, text) if at else None, dict(_option(word, text) for word in _words(words)))
+    options = dict(_option(word, text) for word in words.split(",") if word)
+    return Spec(text, name, _parse_size(size, text) if at else None, options)
 
 
-def _words(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
-
-
-def parse_size(text: str, where: str) -> tuple[int, int]:
-    """Height and width in pixels out of ``224`` or ``800x1216``.
+def image_size(numbers: Sequence[int], where: str) -> tuple[int, int]:
+    """Height and width in pixels out of a side, or of both.
 
     Args:
-        text: What was written.
-        where: By what, for the message.
+        numbers: One or two.
+        where: By what they were given, for the message.
 
     Raises:
-        ConfigError: It is neither, or below 32.
+        ConfigError: They are more, or below 32.
     """
-    numbers = text.split("x")
-    if len(numbers) > 2 or not all(number.isdigit() and int(number) >= _LEAST_SIDE for number in numbers):
+    if len(numbers) not in (1, 2) or min(numbers) < _LEAST_SIDE:
         raise ConfigError(
-            f"{where}: a size is a side or HEIGHTxWIDTH in pixels, at least {_LEAST_SIDE}, such as 256 or 800x1216, "
-            f"not {text!r}"
+            f"{where}: an image size is a side, or height and width, in pixels, at least {_LEAST_SIDE}, not "
+            f"{' '.join(map(str, numbers))}"
         )
-    return int(numbers[0]), int(numbers[-1])
+    return numbers[0], numbers[-1]
+
+
+def _parse_size(text: str, whole: str) -> tuple[int, int]:
+    sides = text.split("x")
+    if not all(side.isdigit() for side in sides):
+        raise ConfigError(f"{whole}: the size after @ is a side or HEIGHTxWIDTH in pixels, such as 256 or 800x1216")
+    return image_size([int(side) for side in sides], whole)
+
+
+def file_name(text: str) -> str:
+    """A network as it was written, as a part of a file's name."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in text)
 
 
 def _option(word: str, whole: str) -> tuple[str, Any]:

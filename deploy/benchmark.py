@@ -208,7 +208,7 @@ def _prepare(variant: _Variant, case: _Case, expected: list[Tensor], names: Sequ
         variant.notes.append(str(error))
         return
     variant.agreement = compare(prepared.outputs(), expected, names)
-    check(variant.agreement, f"{case.subject.name} in {variant.runtime}", setting.precision)
+    check(variant.agreement, f"{case.subject.name} in {variant.runtime}", setting.precision, setting.device)
     variant.prepared, variant.prepare_seconds = prepared, prepared.seconds
 
 

@@ -18,11 +18,13 @@ from effvit.errors import ExportError
 if TYPE_CHECKING:
     from effvit.deploy.exported import Exported
 
-#: Overlap from which two boxes of a class are the same detection.
-_SAME = 0.5
-#: Share of detections that may be without a partner: rounding can turn the order of two scores, or a score at the
-#: threshold, and with it what non-maximum suppression keeps.
+#: Overlap from which two boxes of a class are the same detection. Where suppression kept another one of two boxes that
+#: lie almost alike, what comes out of it is another detection, not a rounded one.
+_SAME = 0.99
+#: Share of detections that may be without a partner: rounding can turn the order of two scores, or an overlap or a
+#: score at the threshold, and with it what non-maximum suppression keeps. One such turn leaves two, one of either side.
 _UNMATCHED = 0.01
+_ONE_TURN = 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Parity:
         tolerance: What `errors` may be.
         top1: Share of images with the source's first class; ``None`` of a detector.
         detections: How many the source finds; ``None`` of a classifier.
-        unmatched: Detections of either side that the other has not, by class and an overlap of 0.5.
+        unmatched: Detections of either side that the other has not, by class and an overlap of 0.99.
     """
 
     images: int
@@ -203,7 +205,7 @@ def _check(result: Parity, path: str) -> None:
             f"{result.error:.3g} of its largest value (allowed: {result.tolerance:g}), over {result.images} images"
         )
     if result.unmatched is not None and result.detections is not None:
-        allowed = math.floor(_UNMATCHED * 2 * result.detections)
+        allowed = max(_ONE_TURN, math.floor(_UNMATCHED * 2 * result.detections))
         if result.unmatched > allowed:
             raise ExportError(
                 f"{path} disagrees with its source: of {result.detections} detections in {result.images} images, "

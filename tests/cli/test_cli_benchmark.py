@@ -132,7 +132,7 @@ def test_a_network_is_written_with_size_and_options(text, name, size, options):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("a@16", "at least 32"), ("a@64x", "HEIGHTxWIDTH"), ("a@1x2x3", "HEIGHTxWIDTH"), ("a:keep_ratio", "name=value")],
+    [("a@16", "at least 32"), ("a@64x", "HEIGHTxWIDTH"), ("a@64x64x64", "height and width"), ("a:keep_ratio", "name=value")],
 )
 def test_a_network_that_is_written_badly_is_refused(text, says):
     with pytest.raises(ConfigError, match=says):
@@ -179,7 +179,7 @@ def test_a_run_is_measured_with_its_parts(cli, tiny_run, tmp_path):
     assert done.code == 0, done.err
     [entry] = json.loads((tmp_path / "benchmark.json").read_text())["records"]
     assert entry["model"] == "tiny"
-    assert set(entry["parts"]) == {"backbone", "pyramid", "heads", "post-processing"}
+    assert set(entry["parts"]) == {"pre-processing", "backbone", "pyramid", "heads", "post-processing"}
     assert all(seconds > 0 for seconds in entry["parts"].values())
 
 

@@ -77,7 +77,8 @@ def test_detections_in_another_order_are_the_same(stand_ins):
 @pytest.mark.parametrize(
     ("output", "change", "words"),
     [
-        (0, lambda boxes: boxes + 0.5, "boxes differs by 0.5"),
+        (0, lambda boxes: boxes * 1.001, "boxes differs by 0.048"),
+        (0, lambda boxes: boxes + 0.5, "12 of either side have no partner"),
         (1, lambda scores: scores + 0.01, "scores differs by 0.01"),
         (0, lambda boxes: boxes + 30, "12 of either side have no partner"),
         (2, lambda labels: torch.where(labels < 0, labels, labels + 2), "12 of either side have no partner"),
