@@ -207,7 +207,7 @@ def _prepare(variant: _Variant, case: _Case, expected: list[Tensor], names: Sequ
             raise
         variant.notes.append(str(error))
         return
-    variant.agreement = compare(prepared.outputs(), expected, names)
+    variant.agreement = compare(prepared.outputs(), expected, names, setting.precision)
     check(variant.agreement, f"{case.subject.name} in {variant.runtime}", setting.precision, setting.device)
     variant.prepared, variant.prepare_seconds = prepared, prepared.seconds
 

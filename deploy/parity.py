@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: Overlap from which two boxes of a class are the same detection. Where suppression kept another one of two boxes that
 #: lie almost alike, what comes out of it is another detection, not a rounded one.
-_SAME = 0.99
+SAME = 0.99
 #: Share of detections that may be without a partner: rounding can turn the order of two scores, or an overlap or a
 #: score at the threshold, and with it what non-maximum suppression keeps. One such turn leaves two, one of either side.
 _UNMATCHED = 0.01
@@ -158,12 +158,15 @@ def _compare_detections(tally: _Tally, found: dict[str, Tensor], expected: dict[
                 tally.add(name, ours[name][rows], theirs[name][columns])
 
 
-def match_detections(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def match_detections(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], least_overlap: float = SAME
+) -> tuple[Tensor, Tensor]:
     """Pairs the detections of one image by class and overlap, each with the partner it overlaps most.
 
     Args:
         found: ``boxes`` ``(N, 4)`` xyxy and ``labels`` ``(N,)``.
         expected: The same of ``M`` detections.
+        least_overlap: Overlap (IoU) that partners have at least.
 
     Returns:
         Positions among `found` and positions among `expected`, of the same length.
@@ -174,7 +177,7 @@ def match_detections(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     for _ in range(min(overlap.shape)):
         best = int(overlap.argmax())
         row, column = divmod(best, overlap.shape[1])
-        if not overlap[row, column] >= _SAME:
+        if not overlap[row, column] >= least_overlap:
             break
         pairs.append((row, column))
         overlap[row], overlap[:, column] = -1, -1

@@ -185,13 +185,16 @@ class Agreement:
     unmatched: float | None = None
 
 
-def compare(found: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str] | None = None) -> Agreement:
+def compare(
+    found: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str] | None = None, precision: str = "fp32"
+) -> Agreement:
     """Compares what two runs gave, tensor by tensor, detections with their partners.
 
     Args:
         found: From `Prepared.outputs`.
         expected: The same of another runtime, such as ``eager``.
         names: Of the tensors; their positions where not given.
+        precision: That of `found`: a coarser one moves boxes further, see `Tolerance.overlap`.
 
     Raises:
         ExportError: They are not as many, or of other shapes.
@@ -205,14 +208,14 @@ def compare(found: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence
             raise ExportError(f"{name} has shape {tuple(own.shape)} where {tuple(other.shape)} was expected.")
     unmatched = None
     if set(names) >= _DETECTIONS:
-        names, found, expected, unmatched = _matched(names, found, expected)
+        names, found, expected, unmatched = _matched(names, found, expected, TOLERANCES[precision].overlap)
     errors = {name: _error(own, other) for name, own, other in zip(names, found, expected, strict=True)}
     worst = max(errors, key=lambda name: errors[name])
     return Agreement(errors[worst], worst, *top1, unmatched)
 
 
 def _matched(
-    names: list[str], found: Sequence[Tensor], expected: Sequence[Tensor]
+    names: list[str], found: Sequence[Tensor], expected: Sequence[Tensor], overlap: float
 ) -> tuple[list[str], list[Tensor], list[Tensor], float]:
     """Detections beside their partners, without their labels, and the share of those that have none.
 
@@ -225,7 +228,7 @@ def _matched(
     for image in range(len(expected[0])):
         own, other = (dict(zip(names, (tensor[image] for tensor in side), strict=True)) for side in (found, expected))
         own, other = ({name: tensor[one["labels"] >= 0] for name, tensor in one.items()} for one in (own, other))
-        rows, columns = match_detections(own, other)
+        rows, columns = match_detections(own, other, overlap)
         count += len(own["labels"]) + len(other["labels"])
         alone += len(own["labels"]) + len(other["labels"]) - 2 * len(rows)
         for name, (left, right) in pairs.items():
@@ -263,23 +266,25 @@ class Tolerance:
         error: Greatest `Agreement.error`.
         top1: Least `Agreement.clear_top1`.
         unmatched: Greatest `Agreement.unmatched`.
+        overlap: Overlap (IoU) from which two boxes are the same detection.
         reason: Why so much.
     """
 
     error: float
     top1: float
     unmatched: float
+    overlap: float
     reason: str
 
 
 TOLERANCES = {
-    "fp32": Tolerance(1e-3, 1.0, 0.01, "only the order of sums may differ"),
-    "bf16": Tolerance(0.1, 0.95, 0.2, "8 bits of mantissa, rounded after each operation"),
-    "fp16": Tolerance(0.02, 0.99, 0.1, "11 bits of mantissa, rounded after each operation"),
-    "int8": Tolerance(0.5, 0.8, 0.5, "256 steps for each tensor, calibrated on one batch"),
+    "fp32": Tolerance(1e-3, 1.0, 0.01, 0.99, "only the order of sums may differ"),
+    "bf16": Tolerance(0.1, 0.95, 0.2, 0.5, "8 bits of mantissa, rounded after each operation"),
+    "fp16": Tolerance(0.02, 0.99, 0.1, 0.9, "11 bits of mantissa, rounded after each operation"),
+    "int8": Tolerance(0.5, 0.8, 0.5, 0.5, "256 steps for each tensor, calibrated on one batch"),
 }
 #: On GPUs torch lets convolutions round to TF32, 11 bits of mantissa, also where all tensors are float32.
-TF32 = Tolerance(0.02, 0.99, 0.1, "TF32, 11 bits of mantissa in convolutions")
+TF32 = Tolerance(0.02, 0.99, 0.1, 0.9, "TF32, 11 bits of mantissa in convolutions")
 
 
 def check(agreement: Agreement, runtime: str, precision: str, device: str = "cpu") -> None:

@@ -458,8 +458,9 @@ def test_detections_are_compared_with_their_partners():
     assert agreement.unmatched == 0.5
     with pytest.raises(ExportError, match=r"50\.0% of the detections have no partner"):
         check(agreement, "onnx", "fp32")
-    moved = compare([boxes + 1, scores, labels], [boxes, scores, labels], names)
-    assert (moved.worst, moved.error) == ("boxes", pytest.approx(1 / 40))
+    moved = compare([boxes + 1, scores, labels], [boxes, scores, labels], names, "bf16")
+    assert (moved.worst, moved.error, moved.unmatched) == ("boxes", pytest.approx(1 / 40), 0)
+    assert compare([boxes + 1, scores, labels], [boxes, scores, labels], names).unmatched == 1
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
