@@ -37,11 +37,11 @@ class Statistics:
     """Seconds of one forward pass of a whole batch.
 
     Attributes:
-        median: Median of all samples.
-        mean: Their mean.
-        p95: 95th percentile.
-        p99: 99th percentile.
-        ci95: 95 % confidence interval of the median, by bootstrap over rounds.
+        median: Median of the medians of the rounds, so that no round counts more for having more samples.
+        mean: Mean of all samples.
+        p95: Their 95th percentile.
+        p99: Their 99th percentile.
+        ci95: 95 % confidence interval of `median`, from the rounds; see `effvit.deploy.statistics`.
         rounds: All samples, as they were taken, round by round.
     """
 
@@ -58,8 +58,8 @@ class Ratio:
     """How many times as fast one variant is as another, both measured in the same rounds.
 
     Attributes:
-        value: Median over the rounds.
-        ci95: 95 % confidence interval, by bootstrap over rounds.
+        value: Median over the rounds, of each the ratio of both medians.
+        ci95: 95 % confidence interval of `value`, from the rounds; see `effvit.deploy.statistics`.
     """
 
     value: float

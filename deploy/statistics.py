@@ -1,15 +1,21 @@
 """What samples of time say, and how sure it is.
 
 A computer has moods: for a while another process, a neighbour on the same machine or a lower clock slows everything
-down, so that samples taken together resemble each other. The unit of chance is hence the round, not the sample: the
-bootstrap draws whole rounds (the cluster bootstrap of Davison and Hinkley, "Bootstrap Methods and their Application",
-1997, §3.8). Two corrections keep few rounds from looking more certain than they are:
+down, so that samples taken together resemble each other. The unit of chance is hence the round, not the sample. Each
+round gives one figure, its median; the median of these is what is reported, and the interval is of that very statistic.
+
+From six rounds on it is a bootstrap that draws whole rounds (the cluster bootstrap of Davison and Hinkley, "Bootstrap
+Methods and their Application", 1997, §3.8), with two corrections:
 
 * The percentiles are taken further out, as far as Student's t is beyond the normal distribution (the expanded
   percentile interval of Hesterberg, "What Teachers Should Know About the Bootstrap", The American Statistician 2015,
   §5.3; arXiv:1411.5279).
 * Where neighbouring rounds resemble each other too, as when the machine drifts, the interval grows about the estimate
   by the square root of (1 + r) / (1 - r), r being the correlation of neighbours: so much less do they know together.
+
+Fewer rounds cannot show how they spread by being drawn again: a bootstrap of two covers the truth half of the time.
+There the interval is Student's t of the logarithms, and never narrower than what was seen. Whether the machine drifts,
+so few do not tell.
 
 The numbers are drawn from a fixed seed: the same samples always have the same interval.
 """
@@ -29,6 +35,7 @@ _LEVEL = 0.95
 _DRAWS = 2000
 _SEED = 0
 _MOST_CORRELATION = 0.7
+_BOOTSTRAP_FROM = 6  # rounds
 
 Rounds = Sequence[Sequence[float]]
 _Array = NDArray[np.float64]
@@ -41,14 +48,13 @@ def summarise(rounds: Rounds) -> Statistics:
         rounds: Seconds of single forward passes, round by round; at least one round, and none empty.
     """
     samples = np.concatenate([np.asarray(own, dtype=np.float64) for own in rounds])
-    median = float(np.median(samples))
     centres = np.array([np.median(own) for own in rounds])
     return Statistics(
-        median=median,
+        median=float(np.median(centres)),
         mean=float(samples.mean()),
         p95=float(np.percentile(samples, 95)),
         p99=float(np.percentile(samples, 99)),
-        ci95=_interval(centres, median),
+        ci95=_interval(centres),
         rounds=tuple(tuple(float(sample) for sample in own) for own in rounds),
     )
 
@@ -65,31 +71,38 @@ def ratio(baseline_rounds: Rounds, rounds: Rounds) -> Ratio:
     """
     pairs = zip(baseline_rounds, rounds, strict=True)
     ratios = np.array([float(np.median(base)) / float(np.median(own)) for base, own in pairs])
-    value = float(np.median(ratios))
-    return Ratio(value, _interval(ratios, value))
+    return Ratio(float(np.median(ratios)), _interval(ratios))
 
 
-def _interval(centres: _Array, estimate: float) -> tuple[float, float]:
-    """The interval of `estimate`, from one figure of each round; in logarithms, as no time or ratio is below zero."""
-    count = len(centres)
-    if count < 2:
-        return (estimate, estimate)  # one round says nothing about others
-    centres, middle = np.log(centres), math.log(estimate)
+def _interval(centres: _Array) -> tuple[float, float]:
+    """The interval of the median of one figure of each round; in logarithms, as no time or ratio is below zero."""
+    if len(centres) == 1:
+        return (float(centres[0]), float(centres[0]))  # one round says nothing about others
+    logs = np.log(centres)
+    low, high = _of_few(logs) if len(logs) < _BOOTSTRAP_FROM else _of_many(logs)
+    return (math.exp(low), math.exp(high))
+
+
+def _of_few(logs: _Array) -> tuple[float, float]:
+    count, middle = len(logs), float(logs.mean())
+    reach = _student((1 + _LEVEL) / 2, count - 1) * float(logs.std(ddof=1)) / math.sqrt(count)
+    return min(middle - reach, float(logs.min())), max(middle + reach, float(logs.max()))
+
+
+def _of_many(logs: _Array) -> tuple[float, float]:
+    count, middle = len(logs), float(np.median(logs))
     draws = np.random.default_rng(_SEED).integers(0, count, (_DRAWS, count))
-    medians = np.median(centres[draws], axis=1)
+    medians = np.median(logs[draws], axis=1)
     tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * _student((1 + _LEVEL) / 2, count - 1))
     low, high = (float(np.quantile(medians, share)) for share in (tail, 1 - tail))
-    widen = _widening(centres)
-    below, above = widen * max(middle - low, 0.0), widen * max(high - middle, 0.0)
-    return (math.exp(middle - below), math.exp(middle + above))
+    widen = _widening(logs)
+    return middle - widen * (middle - low), middle + widen * (high - middle)
 
 
-def _widening(centres: _Array) -> float:
+def _widening(logs: _Array) -> float:
     """How much wider the interval is than that of independent rounds."""
-    count = len(centres)
-    if count <= 4:
-        return 1.0  # too few to tell
-    away = centres - np.median(centres)
+    count = len(logs)
+    away = logs - np.median(logs)
     total = float((away**2).sum())
     if total == 0:
         return 1.0
@@ -100,7 +113,14 @@ def _widening(centres: _Array) -> float:
 
 
 def _student(probability: float, freedom: int) -> float:
-    """Quantile of Student's t: the expansion in Abramowitz and Stegun, 26.7.5; within 1 % from 3 degrees of freedom."""
+    """Quantile of Student's t.
+
+    In closed form for 1 and 2 degrees of freedom; beyond, the expansion in Abramowitz and Stegun, 26.7.5, within 1 %.
+    """
+    if freedom == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if freedom == 2:  # noqa: PLR2004 - the last with a closed form so short
+        return (2 * probability - 1) / math.sqrt(2 * probability * (1 - probability))
     z = NormalDist().inv_cdf(probability)
     terms = (
         (z**3 + z) / 4,
