@@ -119,7 +119,7 @@ def _student(probability: float, freedom: int) -> float:
     """
     if freedom == 1:
         return math.tan(math.pi * (probability - 0.5))
-    if freedom == 2:  # noqa: PLR2004 - the last with a closed form so short
+    if freedom == 2:
         return (2 * probability - 1) / math.sqrt(2 * probability * (1 - probability))
     z = NormalDist().inv_cdf(probability)
     terms = (

@@ -45,7 +45,8 @@ def test_a_round_counts_once_however_many_samples_it_has():
     quick, slow = [1.0] * 40, [1.5] * 10
     found = summarise([slow, quick] * 4 + [slow])
     assert found.median == 1.5
-    assert found.ci95 == pytest.approx((1.0, 1.5))
+    assert found.ci95[0] <= 1.0
+    assert found.ci95[1] == pytest.approx(1.5)  # no round was slower
     assert found.mean == pytest.approx((160 + 75) / 210)
 
 
