@@ -21,6 +21,7 @@ from effvit.deploy.exported import metadata_of, open_exported
 from effvit.deploy.formats import FORMATS
 from effvit.errors import ConfigError, ExportError
 from effvit.tasks import Classification, Detection
+from effvit.tasks.detectors.roi_pooling import RoIPooling
 
 SIZE = (32, 64)
 
@@ -266,6 +267,30 @@ def test_sides_are_rounded_up_in_a_traced_onnx_file(tmp_path):
     resized, merged = _formats_onnx.open_onnx(path, 1)([grid])
     assert resized.shape == (1, 2, 10, 12)
     torch.testing.assert_close(merged, grid)
+
+
+class Pooled(nn.Module):
+    """What Faster and Mask R-CNN pool of two levels."""
+
+    def forward(self, boxes, fine, coarse):
+        return RoIPooling((4, 8)).by_selection([fine, coarse], boxes, 3)
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_regions_are_pooled_from_their_own_level_alone(name, tmp_path):
+    """OpenVINO's RoIAlign takes a sample of a region that is a point, where torch's and ONNX Runtime's give zeros."""
+    for package in FORMATS[name].modules:
+        pytest.importorskip(package)
+    generator = torch.Generator().manual_seed(0)
+    small, large, empty = (2.0, 3.0, 20.0, 31.0), (0.0, 5.0, 120.0, 126.0), (0.0, 0.0, 0.0, 0.0)
+    boxes = torch.tensor([[small, large, empty], [large, small, small]])
+    maps = [torch.randn(2, 4, side, side, generator=generator) + 5 for side in (32, 16)]
+    inputs = (boxes, *maps)
+    path = tmp_path / f"a{FORMATS[name].suffix}"
+    FORMATS[name].write(Source(Pooled(), inputs, ("boxes", "fine", "coarse"), ("pooled",)), path, "{}")
+    (found,) = FORMATS[name].open(path, 1)(inputs)
+    solid = [0, 1, 3, 4, 5]  # nothing is read of the empty one
+    torch.testing.assert_close(found[solid], Pooled()(*inputs)[solid])
 
 
 _FAMILIES = (
