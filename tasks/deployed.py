@@ -38,6 +38,7 @@ class Deployed(nn.Module, ABC):
         mean: Channel means in ``[0, 1]``.
         std: Channel standard deviations in ``[0, 1]``.
         settings: What else `metadata` is to hold, JSON-able.
+        device: Where the network is, and so where it is run.
 
     Attributes:
         task: ``classification`` or ``detection``.
@@ -56,14 +57,22 @@ class Deployed(nn.Module, ABC):
     shift: Tensor
 
     def __init__(
-        self, categories: Categories, mean: Sequence[float], std: Sequence[float], settings: Mapping[str, Any]
+        self,
+        categories: Categories,
+        mean: Sequence[float],
+        std: Sequence[float],
+        settings: Mapping[str, Any],
+        device: torch.device,
     ) -> None:
         super().__init__()
         self.categories = categories
         self._settings = {**settings, "mean": list(mean), "std": list(std)}
-        deviation = torch.tensor(std).view(1, 3, 1, 1)
+        # float32 by name: inside a Trainer in bf16-true or 16-true, the default is another.
+        average, deviation = (
+            torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1) for values in (mean, std)
+        )
         self.register_buffer("scale", 1 / (255 * deviation), persistent=False)
-        self.register_buffer("shift", torch.tensor(mean).view(1, 3, 1, 1) / deviation, persistent=False)
+        self.register_buffer("shift", average / deviation, persistent=False)
 
     def _normalised(self, images: Tensor) -> Tensor:
         """`_task.normalise` without its padding, which also leaves the given images as they are."""
@@ -131,7 +140,7 @@ class DeployedClassifier(Deployed):
         std: Sequence[float],
         settings: Mapping[str, Any],
     ) -> None:
-        super().__init__(categories, mean, std, settings)
+        super().__init__(categories, mean, std, settings, _of_weights(network).device)
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
@@ -140,7 +149,7 @@ class DeployedClassifier(Deployed):
         Args:
             images: uint8 or float32 from 0 to 255 ``(B, 3, H, W)``, RGB.
         """
-        logits: Tensor = self.network(self._normalised(images).to(_dtype(self.network)))
+        logits: Tensor = self.network(self._normalised(images).to(_of_weights(self.network).dtype))
         return logits.float().softmax(-1)
 
     def unpack(
@@ -179,7 +188,7 @@ class DeployedDetector(Deployed):
         std: Sequence[float],
         settings: Mapping[str, Any],
     ) -> None:
-        super().__init__(categories, mean, std, {**settings, **_limits(detector)})
+        super().__init__(categories, mean, std, {**settings, **_limits(detector)}, _of_weights(detector).device)
         self.detector = _fixed(detector)
         self.output_names = self.detector.outputs
         self.parts = {part: tuple(f"detector.{name}" for name in names) for part, names in self.detector.parts.items()}
@@ -198,7 +207,7 @@ class DeployedDetector(Deployed):
             ``(B, D, 28, 28)``, probabilities inside the boxes.
         """
         images = self._normalised(images)
-        images = images.masked_fill(~_inside(images, sizes), 0).to(_dtype(self.detector))
+        images = images.masked_fill(~_inside(images, sizes), 0).to(_of_weights(self.detector).dtype)
         found: tuple[Tensor, ...] = self.detector(images, sizes, original_sizes)
         return found
 
@@ -247,9 +256,9 @@ def unpack_detections(
     return found
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
-    """The type of a network's weights: float32 unless it was cast."""
-    return next(module.parameters()).dtype
+def _of_weights(module: nn.Module) -> Tensor:
+    """One of a network's weights, for their type (float32 unless it was cast) and for where they are."""
+    return next(module.parameters())
 
 
 def _noise(batch: int, size: tuple[int, int]) -> Tensor:

@@ -130,6 +130,22 @@ def test_a_view_shares_the_weights_and_changes_nothing(make_task):
     assert any(parameter.requires_grad for parameter in view.parameters())
 
 
+@pytest.mark.parametrize("make_task", [lambda: make("retinanet"), classifier], ids=["detector", "classifier"])
+def test_constants_lie_with_the_weights_in_float32(make_task):
+    task = make_task().to(torch.bfloat16)
+    expected = task.deployable()
+    torch.set_default_dtype(torch.bfloat16)  # as the Trainer does in bf16-true
+    try:
+        found = task.deployable()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("scale", "shift"):
+        assert getattr(found, name).dtype == torch.float32
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    view = task.to("meta").deployable()
+    assert {tensor.device.type for tensor in (*view.parameters(), *view.buffers())} == {"meta"}
+
+
 @pytest.mark.parametrize("detector", sorted(DETECTORS))
 def test_every_part_is_called(detector):
     view = make(detector).deployable()
