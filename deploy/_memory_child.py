@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ def main(folder: Path) -> None:
             try:
                 measure_here(folder, number)
                 status = 0
+            except Exception:  # noqa: BLE001 - the last line is what the parent tells
+                traceback.print_exc()
             finally:
                 os._exit(status)
         os.waitpid(child, 0)

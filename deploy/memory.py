@@ -4,15 +4,20 @@ On a CPU each variant has a process of its own, forked from a fresh one that has
 whatever ran before would have shaped the allocator, and its freed pages would hide what the network takes. The fresh
 process is a program of its own (``python -m effvit.deploy._memory_child``) and not one of ``multiprocessing``, which
 would run the user's script again where that has no ``if __name__ == "__main__"``. What it needs, the network among it,
-travels in a file. It is the high-water mark of the resident size while the network runs, less the resident size before.
+travels in a file. The process has the allocator's default settings, or those of the environment (``MALLOC_*``): what
+this process has set for itself does not reach it.
+
+The figure is the high-water mark of the resident size while the network runs, less the resident size before; and of a
+runtime that keeps memory for the next run, what its first run kept.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effvit.deploy.environment import peak_resident_memory, resident_memory
+from effvit.deploy.environment import peak_resident_memory, resident_memory, trim_memory
 from effvit.deploy.runtimes import RUNTIMES, Setting, prepare
 from effvit.errors import ConfigError, EffvitError
 
@@ -32,41 +37,22 @@ _CALLS = 3
 _PATIENCE = 600.0  # seconds for one variant, conversion included
 
 
-def peak_memory(module: nn.Module, inputs: tuple[Tensor, ...], runtime: str, setting: Setting) -> int | None:
-    """Bytes that running adds, at the peak, to what network and input take.
+def peak_memories(
+    module: nn.Module, inputs: tuple[Tensor, ...], variants: Sequence[tuple[str, Setting]]
+) -> list[int | ConfigError | None]:
+    """Bytes that running adds, at the peak, to what network and input take, on the CPU.
+
+    Each variant is alone in its process, but torch is imported once for all.
 
     Args:
         module: The network in eval mode, on the CPU, in float32.
         inputs: What its ``forward`` takes, on the CPU.
-        runtime: Its name, see ``effvit.deploy.runtimes``.
-        setting: Device, precision, threads; with a folder, converted files are found there and not made again.
+        variants: Runtimes, see ``effvit.deploy.runtimes``, with their settings: precision, threads; with a folder,
+            converted files are found there and not made again.
 
     Returns:
-        ``None`` where the system does not tell (it needs Linux's ``/proc``), or the runtime on a GPU does not.
-
-    Raises:
-        ConfigError: The network cannot be sent to another process, or does not run there; see `peak_memories`.
-    """
-    if setting.device == "cuda":
-        return peak_on_gpu(prepare(module, inputs, runtime, setting).run, runtime)
-    (found,) = peak_memories(module, inputs, [(runtime, setting)])
-    if isinstance(found, ConfigError):
-        raise found
-    return found
-
-
-def peak_memories(
-    module: nn.Module, inputs: tuple[Tensor, ...], variants: Sequence[tuple[str, Setting]]
-) -> list[int | ConfigError | None]:
-    """`peak_memory` of several variants of one network on the CPU: each alone, but torch is imported once.
-
-    Args:
-        module: See `peak_memory`.
-        inputs: See `peak_memory`.
-        variants: Runtimes with their settings.
-
-    Returns:
-        For each variant its bytes, ``None`` where the system does not tell, or why it has no figure.
+        For each variant its bytes; ``None`` where the system does not tell (it needs Linux's ``/proc``); or why it has
+        no figure, such as a network that cannot be sent to another process.
     """
     if not _CLEAR.exists():
         return [None for _ in variants]
@@ -86,13 +72,18 @@ def _run_child(folder: Path, patience: float) -> str:
     paths = [path or str(Path.cwd()) for path in sys.path]
     command = [sys.executable, "-m", "effvit.deploy._memory_child", str(folder)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}  # so that it finds what this process finds
-    try:
-        done = subprocess.run(  # noqa: S603 - our own program
-            command, env=environment, capture_output=True, text=True, timeout=patience, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return f"no answer in {patience:.0f} s"
-    return done.stderr.strip()
+    # A session of its own, so that a fork of it, which does the work, can be ended with it.
+    with subprocess.Popen(  # noqa: S603 - our own program
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        try:
+            return child.communicate(timeout=patience)[1].strip()
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return f"no answer in {patience:.0f} s"
+            raise
 
 
 def _answer(module: nn.Module, path: Path, errors: str) -> int | ConfigError | None:
@@ -127,8 +118,10 @@ def measure_here(folder: Path, number: int) -> None:
         runtime, setting = torch.load(folder / "variants.pt", weights_only=False)[number]
         prepared = prepare(module, inputs, runtime, setting)
         answer = {"bytes": prepared.kept + peak_of(prepared.run)}
-    except (EffvitError, RuntimeError, MemoryError, AttributeError, ImportError) as error:
-        answer = {"error": f"{error}".rstrip(".") or type(error).__name__}
+    except EffvitError as error:
+        answer = {"error": f"{error}".rstrip(".")}
+    except Exception as error:  # noqa: BLE001 - whatever somebody's network raises
+        answer = {"error": f"{type(error).__name__}: {error}".rstrip(". :")}
     (folder / f"{number}.json").write_text(json.dumps(answer), encoding="utf-8")
 
 
@@ -142,7 +135,7 @@ def peak_of(call: Callable[[], Any]) -> int:
         OSError: The system has no ``/proc/self/clear_refs``.
     """
     gc.collect()
-    _trim()  # or the calls would live on pages that were freed before, uncounted
+    trim_memory()  # or the calls would live on pages that were freed before, uncounted
     # Building may have peaked higher than running ever will; 5 resets the mark (man 5 proc). ru_maxrss cannot be reset,
     # and it outlives exec, so it would also hold the parent's peak.
     _CLEAR.write_text("5", encoding="ascii")
@@ -168,10 +161,3 @@ def peak_on_gpu(call: Callable[[], Any], runtime: str) -> int | None:
         call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def _trim() -> None:
-    """Gives freed pages back to the system, where the C library can."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
-    if trim is not None:
-        trim(0)

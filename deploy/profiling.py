@@ -20,6 +20,7 @@ from effvit.deploy._operators import WORK, kind_of
 from effvit.deploy._structure import blocks_of, stages_of
 from effvit.deploy.parts import BEFORE, REST, called_in, timed_passes
 from effvit.deploy.records import Subject
+from effvit.deploy.timing import pinned
 from effvit.errors import ConfigError
 
 __all__ = ["MEMORY_BOUND", "WORK", "Profile", "profile"]
@@ -85,7 +86,7 @@ def profile(subject: Subject, batch: int = 1, *, device: str = "cpu", threads: i
         raise ConfigError(f"device {device!r} is not here: a profile runs on cpu, or on cuda where torch finds a GPU")
     module = subject.module if device == "cpu" else copy.deepcopy(subject.module).to(device)
     inputs = [tensor.to(device) for tensor in subject.make_inputs(batch)]
-    with _threads(threads), torch.no_grad():
+    with pinned(threads), torch.no_grad():
         called = called_in(module, inputs)
         stages = stages_of(module, called)
         owners = {submodule: name for name, modules in stages.items() for submodule in modules}
@@ -167,9 +168,8 @@ def _operators(
 ) -> list[_Operator]:
     """The operators of one pass in the order of their calls, with the time of the CPU or of the kernels they start."""
     gpu = device != "cpu"
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes about itself to the terminal
     profiler = torch.autograd.profiler.profile(use_kineto=True, use_device=device if gpu else None)
-    with _ranges(blocks), profiler:
+    with _quiet(), _ranges(blocks), profiler:
         module(*inputs)
         if gpu:
             torch.cuda.synchronize()
@@ -217,11 +217,13 @@ def _ranges(blocks: Mapping[nn.Module, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Pins torch's threads while the context lasts."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def _quiet() -> Iterator[None]:
+    """Keeps the profiler from writing about itself to the terminal, where the user has not set how much it may."""
+    if "KINETO_LOG_LEVEL" in os.environ:
+        yield
+        return
+    os.environ["KINETO_LOG_LEVEL"] = "99"
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        del os.environ["KINETO_LOG_LEVEL"]

