@@ -37,7 +37,7 @@ _WHERE_INSTALLED = ("onnx", "openvino")
 _ROUNDS, _SECONDS = 9, 0.2
 #: Options that say how a time is measured, which a profile does in its own way, and those that telephones' files fix.
 _OF_TIMES = ("protocol", "runtimes", "precisions", "rounds", "seconds", "no_memory")
-_NOT_MOBILE = ("checkpoint", "runtimes", "precisions", "batch_sizes", "image_size", "device")
+_NOT_MOBILE = ("checkpoint", "runtimes", "precisions", "batch_sizes", "image_size", "device", "threads", "no_memory")
 
 
 def benchmark(words: Sequence[str]) -> int:
@@ -56,12 +56,13 @@ def benchmark(words: Sequence[str]) -> int:
     own = _parser().parse_args(list(words))
     if own.list:
         return _print_lists()
-    own.allocator_in_force = tune_allocator(own.allocator)
+    own.allocator = tune_allocator(own.allocator)
     _refuse_contradictions(own)
     if own.protocol is not None:
         return _run_protocol(own, words)
     subjects = _subjects(own, own.models)
     output = unused(Path("runs") / "benchmark") if own.output is None else own.output
+    _make_folder(output)
     if own.profile:
         return _profile(own, subjects, output)
     runtimes = own.runtimes or _usual_runtimes()
@@ -105,6 +106,9 @@ def _refuse_contradictions(own: argparse.Namespace) -> None:
         _refuse(own, _OF_TIMES, "--profile")
     elif own.protocol == "mobile":
         _refuse(own, _NOT_MOBILE, "--protocol mobile, which writes files for one image of the published size")
+    for name in ("batch_sizes", "precisions"):
+        if own.protocol is not None and len(getattr(own, name) or []) > 1:
+            raise ConfigError(f"a protocol is measured at one of --{name}: run the command once for each")
     if own.protocol is not None and own.kind != "classifier":
         raise ConfigError(f"the papers' protocols are of classifiers: leave --kind {own.kind} out")
 
@@ -188,7 +192,7 @@ def _measure(
         memory=not own.no_memory,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    environment = {**report.environment, "allocator": own.allocator_in_force}
+    environment = {**report.environment, "allocator": own.allocator}
     return replace(report, environment=environment, command=_command(words))
 
 
@@ -234,17 +238,18 @@ def _run_protocol(own: argparse.Namespace, words: Sequence[str]) -> int:
 
     protocol = find_protocol(own.protocol)
     output = own.output or unused(Path("runs") / protocol.name)
+    _make_folder(output)
+    departures: list[str] = []
     if protocol.name == "mobile":
         from effvit._cli.mobile import measure_mobile
 
-        _make_folder(output)
         specs = [parse_spec(text) for text in own.models or _models(protocol)]
-        report = measure_mobile(
-            specs, output, threads=own.threads or 1, rounds=own.rounds or _ROUNDS, seconds=own.seconds or _SECONDS
-        )
+        report = measure_mobile(specs, output, rounds=own.rounds or _ROUNDS, seconds=own.seconds or _SECONDS)
         report = replace(report, command=_command(words))
     else:
-        _say_departures(own, protocol)
+        departures = _departures(own, protocol)
+        for departure in departures:
+            print(f"departs from the protocol: {departure}", file=sys.stderr)
         own.device = own.device or protocol.device
         own.threads = own.threads or protocol.threads
         report = _measure(
@@ -255,7 +260,7 @@ def _run_protocol(own: argparse.Namespace, words: Sequence[str]) -> int:
             own.batch_sizes or [protocol.batch],
             words,
         )
-    _write(report, output, protocol_markdown(protocol, report))
+    _write(report, output, protocol_markdown(protocol, report, departures))
     return 0
 
 
@@ -270,20 +275,20 @@ def _models(protocol: Protocol) -> list[str]:
     return [name for name in names if not name.startswith("timm/")]
 
 
-def _say_departures(own: argparse.Namespace, protocol: Protocol) -> None:
-    """Names what of the protocol the command line overrides."""
+def _departures(own: argparse.Namespace, protocol: Protocol) -> list[str]:
+    """In what the command line overrides the protocol."""
     wanted: dict[str, tuple[Sequence[object], Sequence[object]]] = {
         "device": ([own.device] if own.device else [], [protocol.device]),
         "threads": ([own.threads] if own.threads else [], [protocol.threads]),
         "precisions": (own.precisions or [], [protocol.precision]),
         "batch_sizes": (own.batch_sizes or [], [protocol.batch]),
+        "image_size": (own.image_size or [], ["the published sizes"]),
     }
-    for name, (given, published) in wanted.items():
-        if given and given != published:
-            words = " ".join(map(str, given))
-            print(f"departs from the protocol: --{name} {words} for its {published[0]}", file=sys.stderr)
-    if own.image_size:
-        print("departs from the protocol: --image_size, where it takes the published sizes", file=sys.stderr)
+    return [
+        f"--{name} {' '.join(map(str, given))} for {published[0]}"
+        for name, (given, published) in wanted.items()
+        if given and given != published
+    ]
 
 
 def _profile(own: argparse.Namespace, subjects: Sequence[Subject], output: Path) -> int:
@@ -291,7 +296,6 @@ def _profile(own: argparse.Namespace, subjects: Sequence[Subject], output: Path)
     from effvit.deploy.profiling import profile
     from effvit.deploy.reports import profile_json, profile_markdown
 
-    _make_folder(output)
     texts = []
     for subject in subjects:
         for batch in own.batch_sizes or [1]:

@@ -71,6 +71,8 @@ def _export(run: RebuiltRun, output: Path, own: argparse.Namespace) -> Export:
     samples: list[tuple[Tensor, ...]] = []
     if entry.runs_here():
         samples = _samples(run, module.task, preprocessing, canvas, own)
+        if not samples:
+            raise ConfigError("there is no image to compare the file with the checkpoint on: name some with --images")
     print(f"writing {output}: of {entry.name} this takes from seconds to some minutes", file=sys.stderr)
     return export(
         module,

@@ -34,33 +34,35 @@ class _File:
     notes: list[str] = field(default_factory=list)
 
 
-def measure_mobile(specs: Sequence[Spec], folder: Path, *, threads: int, rounds: int, seconds: float) -> Report:
+def measure_mobile(specs: Sequence[Spec], folder: Path, *, rounds: int, seconds: float) -> Report:
     """Writes a CoreML and an ExecuTorch file of each network for one image, and times those that run here.
 
     Args:
         specs: The networks, as classifiers of ImageNet.
         folder: Where the files go.
-        threads: Threads of the CPU, for the record: the runtimes of telephones decide themselves.
         rounds: How often each file is visited.
         seconds: Seconds of a visit.
 
     Raises:
         ConfigError: Neither format is installed.
     """
+    import torch
+
     from effvit.deploy.environment import environment
     from effvit.deploy.records import Report
     from effvit.deploy.statistics import summarise
     from effvit.deploy.timing import time_in_rounds, warm_up
 
-    surroundings = environment("cpu", threads)
+    surroundings = environment("cpu", torch.get_num_threads())
     formats = _installed()
     files = [_write(spec, entry, folder) for spec in specs for entry in formats]
     calls = {number: file.run for number, file in enumerate(files) if file.run is not None}
-    for call in calls.values():
-        warm_up(call, "cpu")
+    for number, call in calls.items():
+        if not warm_up(call, "cpu").stable:
+            files[number].notes.append("its time had not settled when the rounds began")
     found = time_in_rounds(calls, "cpu", rounds=rounds, seconds=seconds) if calls else {}
     latencies = {number: summarise(own) for number, own in found.items()}
-    records = tuple(_record(file, latencies.get(number), threads) for number, file in enumerate(files))
+    records = tuple(_record(file, latencies.get(number)) for number, file in enumerate(files))
     return Report(records, surroundings)
 
 
@@ -107,10 +109,11 @@ def _write(spec: Spec, entry: Format, folder: Path) -> _File:
     images = module.example_inputs(1, file.size)[0]
     images = images.float() if opened.metadata["inputs"][0]["dtype"] == "float32" else images
     file.run = partial(opened.run, images)
+    file.notes.append("its runtime decides on its threads, which the record has as 0")
     return file
 
 
-def _record(file: _File, latency: Any, threads: int) -> Record:
+def _record(file: _File, latency: Any) -> Record:
     from effvit.deploy.flops import count_macs
     from effvit.deploy.records import Record
 
@@ -120,7 +123,7 @@ def _record(file: _File, latency: Any, threads: int) -> Record:
         runtime=file.format,
         precision="fp32",
         device="cpu",
-        threads=threads,
+        threads=0,
         batch=1,
         asked_batch=1,
         size=file.size,

@@ -24,23 +24,14 @@ class RebuiltRun:
         path: The checkpoint.
         config: The configuration that it carries.
         inputs: How its data turned files into network inputs, see `launch.INPUT_SETTINGS`.
+        score: What the task's ``monitor`` was when these weights were validated; ``None`` where they were not.
     """
 
     task: Task
     path: Path
     config: dict[str, Any]
     inputs: dict[str, Any]
-
-    def usual_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the images that the network usually sees, for a detector in landscape."""
-        size, divisor = self.inputs.get("image_size"), self.inputs.get("pad_divisor", 1)
-        if size is None:
-            side = int(self.inputs["published"]["size"])
-            return side, side
-        if isinstance(size, int):
-            return size, size
-        width, height = (-(-int(side) // divisor) * divisor for side in size)
-        return height, width
+    score: float | None
 
 
 def rebuild(source: str, verb: str) -> RebuiltRun:
@@ -65,4 +56,15 @@ def rebuild(source: str, verb: str) -> RebuiltRun:
     settings = {key: stored[key] for key in inspect.signature(kind).parameters if key in stored}
     task = kind(**settings | {"pretrained": False, "checkpoint": None})  # the weights inside supersede any other
     task.load_weights(checkpoint["state_dict"], str(path), stored)
-    return RebuiltRun(task.eval(), path, config, checkpoint["effvit"].get("inputs", {}))
+    return RebuiltRun(
+        task.eval(), path, config, checkpoint["effvit"].get("inputs", {}), _score(checkpoint, task.monitor)
+    )
+
+
+def _score(checkpoint: dict[str, Any], monitor: str) -> float | None:
+    """The monitored metric of the validation at the very step of a checkpoint."""
+    evaluations = checkpoint.get("callbacks", {}).get("RunReport", {}).get("evaluations", [])
+    if not evaluations or evaluations[-1][0] != checkpoint["global_step"]:
+        return None
+    score: float | None = evaluations[-1][1].get(monitor.partition("/")[2])
+    return score

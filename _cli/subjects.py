@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from effvit.deploy.records import Subject
+    from effvit.tasks import Detection, Task
 
 #: What a name can be measured as: a classifier of ImageNet, the feature maps alone, or a detector of COCO.
 KINDS = ("classifier", "backbone", "retinanet", "faster_rcnn", "mask_rcnn", "ssdlite")
 _COCO_CLASSES = 80
 _LEAST_SIDE = 32
+_MEAN_LOGIT, _LOGIT_DEVIATION = -4.0, 2.0
 #: Input of a detector where no size is given: what the published tables count, and SSDLite's own.
 _DETECTOR_SIZES = {"ssdlite": (320, 320)}
 _DETECTOR_SIZE = (800, 1280)
@@ -93,7 +96,7 @@ def _option(word: str, whole: str) -> tuple[str, Any]:
 
 
 def named_subject(spec: Spec, kind: str, size: tuple[int, int] | None) -> Subject:
-    """A network with random weights: what it costs does not depend on them.
+    """A network with random weights. What it costs does not depend on them, but for a detector's post-processing.
 
     Args:
         spec: Which one.
@@ -151,11 +154,32 @@ def _detector_subject(spec: Spec, kind: str, size: tuple[int, int]) -> Subject:
     torch.manual_seed(0)
     categories = {number: f"class {number}" for number in range(1, _COCO_CLASSES + 1)}
     task = Detection(backbone=spec.name, categories=categories, backbone_options=spec.options or None, detector=kind)
+    _see_things(task, size)
     return task_subject(f"{kind} {spec.text}", task, size)
 
 
+def _see_things(task: Detection, size: tuple[int, int]) -> None:
+    """Makes a detector of random weights so sure of some classes that it finds objects.
+
+    As it starts it finds none: there would be nothing to suppress, to paste or to compare. Its class logits are brought
+    to a standard deviation of 2 about a mean of -4, with which most places show nothing and some a class.
+    """
+    import torch
+
+    detector = task.detector.eval()
+    with torch.no_grad():
+        logits = detector(_noise(1, size))["cls_logits"]
+        for name, parameter in detector.named_parameters():
+            if not name.startswith(detector.class_parameters) or "bbox" in name or "mask" in name:
+                continue
+            if name.endswith("bias"):
+                parameter.fill_(_MEAN_LOGIT)
+            else:
+                parameter.mul_(_LOGIT_DEVIATION / logits.std())
+
+
 def checkpoint_subject(source: str, size: tuple[int, int] | None) -> Subject:
-    """What a run has trained, named by its folder.
+    """What a run has trained, at the size that `effvit export` gives a file, named by its folder and its file.
 
     Args:
         source: A checkpoint of a run, or the run's folder.
@@ -164,11 +188,23 @@ def checkpoint_subject(source: str, size: tuple[int, int] | None) -> Subject:
     Raises:
         CheckpointError: It cannot be opened.
     """
+    from effvit._cli.exported_inputs import canvas_of
+
     run = rebuild(source, "benchmark")
-    return task_subject(run.path.parent.name or run.path.stem, run.task, size or run.usual_size())
+    canvas = canvas_of(run.task.deployable().task, run.inputs, size)
+    return replace(
+        task_subject(_run_name(run.path), run.task, canvas),
+        accuracy=None if run.score is None else 100 * run.score,
+        accuracy_name=f"{run.task.monitor} of the run in percent",
+    )
 
 
-def task_subject(name: str, task: Any, size: tuple[int, int]) -> Subject:
+def _run_name(path: Path) -> str:
+    """``finetune/best`` of ``runs/finetune/best.ckpt``."""
+    return f"{path.resolve().parent.name}/{path.stem}"
+
+
+def task_subject(name: str, task: Task, size: tuple[int, int]) -> Subject:
     """A task's network with all that a file of it would hold: normalisation before, post-processing behind it.
 
     Args:
@@ -183,6 +219,6 @@ def task_subject(name: str, task: Any, size: tuple[int, int]) -> Subject:
         name=name,
         module=module,
         size=size,
-        make_inputs=lambda batch: tuple(module.example_inputs(batch, size)),
-        parts=getattr(module, "parts", {}),
+        make_inputs=lambda batch: module.example_inputs(batch, size),
+        parts=module.parts,
     )

@@ -34,7 +34,9 @@ def as_csv(report: Report) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     latency = ("median", "mean", "p95", "p99", "ci_low", "ci_high")
-    writer.writerow([*_PLAIN, "height", "width", *(f"latency_{name}" for name in latency), *_SPEEDUP_COLUMNS])
+    surroundings = {name: _csv_cell(report.environment.get(name)) for name in _ENVIRONMENT}
+    head = [*_PLAIN, "height", "width", *(f"latency_{name}" for name in latency), *_SPEEDUP_COLUMNS]
+    writer.writerow([*head, "parts", *surroundings, "command"])
     for record in report.records:
         speedup = record.speedup
         writer.writerow(
@@ -43,12 +45,21 @@ def as_csv(report: Report) -> str:
                 *record.size,
                 *_latency_cells(record.latency),
                 *((speedup.value, *speedup.ci95) if speedup else ("", "", "")),
+                " ".join(f"{name}={seconds:.6g}" for name, seconds in record.parts.items()),
+                *surroundings.values(),
+                report.command,
             ]
         )
     return out.getvalue()
 
 
+#: What of the environment stands in each line.
+_ENVIRONMENT = ("processor", "gpu", "driver", "torch", "allocator", "load_before", "time")
 _SPEEDUP_COLUMNS = ("speedup", "speedup_ci_low", "speedup_ci_high")
+
+
+def _csv_cell(value: Any) -> Any:
+    return " ".join(f"{one:g}" for one in value) if isinstance(value, list | tuple) else value
 
 
 def _latency_cells(latency: Statistics | None) -> list[Any]:
@@ -59,9 +70,11 @@ def _latency_cells(latency: Statistics | None) -> list[Any]:
 
 def as_markdown(report: Report) -> str:
     """The environment in a few lines, and a table with one row a record."""
+    first = next(iter(report.records), None)
+    baseline = "first" if first is None else first.runtime
     head = [
-        "model", "size", "runtime", "batch", "latency ms", "95 % interval", "p95", "p99", "img/s", "times as fast",
-        "memory MB", "params M", "MACs G", "accuracy", "differs by",
+        "model", "size", "runtime", "batch", "latency ms", "95 % interval", "p95", "p99", "img/s",
+        f"times as fast as {baseline}", "memory MB", "params M", "MACs G", "accuracy", "differs by",
     ]  # fmt: skip
     rows = [_row(record) for record in report.records]
     lines = [environment_line(report.environment), "", *table(head, rows), ""]
@@ -163,10 +176,15 @@ def _part_lines(records: Iterable[Record]) -> Iterator[str]:
             yield f"- {_title(record)}: {', '.join(shares)}"
 
 
-def protocol_markdown(protocol: Protocol, report: Report) -> str:
+def protocol_markdown(protocol: Protocol, report: Report, departures: Sequence[str] = ()) -> str:
     """The published figures of a protocol beside the measured ones, and below them the ratios between networks.
 
     Only the ratios can be compared with the authors': theirs is another device.
+
+    Args:
+        protocol: How the authors measured.
+        report: What was measured, at one batch size and in one precision.
+        departures: In what the measurement is another than the protocol's.
     """
     runtimes = list(dict.fromkeys(record.runtime for record in report.records))
     per_image = protocol.unit == "img/s"
@@ -179,7 +197,8 @@ def protocol_markdown(protocol: Protocol, report: Report) -> str:
         rows.append([model, _number(published), *cells])
     how = f"batch {protocol.batch}, {protocol.runtime} {protocol.precision}"
     title = f"Protocol {protocol.name}, published on {protocol.hardware}, {how}. Source: {protocol.source}."
-    lines = [title, "", *table(head, rows, text_columns=1)]
+    lines = [title, *(f"- departs from it: {departure}" for departure in departures), ""]
+    lines += table(head, rows, text_columns=1)
     claims = [claim for claim in protocol.claims if _both(claim, found)]
     if claims:
         head = ["ratio of throughputs", "published", *runtimes]
@@ -187,7 +206,8 @@ def protocol_markdown(protocol: Protocol, report: Report) -> str:
             [f"{claim.model} / {claim.baseline}", f"{claim.published:.2f}", *_claim_cells(claim, runtimes, found)]
             for claim in claims
         ]
-        lines += ["", *table(head, rows, text_columns=1)]
+        lines += ["", *table(head, rows, text_columns=1), ""]
+        lines += [f"- {claim.published:.2f}: {claim.source}" for claim in claims]
     return "\n".join(lines) + "\n"
 
 

@@ -61,7 +61,7 @@ def test_the_table_says_what_a_record_holds():
     assert found["latency ms"] == "10"
     assert found["img/s"] == "400"
     assert found["memory MB"] == "12.3"
-    assert found["times as fast"] == "2.00 (1.50 to 2.50)"
+    assert found["times as fast as eager"] == "2.00 (1.50 to 2.50)"
     assert found["accuracy"] == "70.3"
     assert found["size"] == "64x96"
     assert "special" in as_markdown(report)
@@ -132,7 +132,12 @@ def test_a_network_is_written_with_size_and_options(text, name, size, options):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("a@16", "at least 32"), ("a@64x", "HEIGHTxWIDTH"), ("a@64x64x64", "height and width"), ("a:keep_ratio", "name=value")],
+    [
+        ("a@16", "at least 32"),
+        ("a@64x", "HEIGHTxWIDTH"),
+        ("a@64x64x64", "height and width"),
+        ("a:keep_ratio", "name=value"),
+    ],
 )
 def test_a_network_that_is_written_badly_is_refused(text, says):
     with pytest.raises(ConfigError, match=says):
@@ -178,7 +183,8 @@ def test_a_run_is_measured_with_its_parts(cli, tiny_run, tmp_path):
     done = cli.run("benchmark", "--checkpoint", tiny_run, "--runtimes", "eager", *QUICK, "--output", tmp_path)
     assert done.code == 0, done.err
     [entry] = json.loads((tmp_path / "benchmark.json").read_text())["records"]
-    assert entry["model"] == "tiny"
+    assert entry["model"] == "tiny/best"
+    assert 0 <= entry["accuracy"] <= 100
     assert set(entry["parts"]) == {"pre-processing", "backbone", "pyramid", "heads", "post-processing"}
     assert all(seconds > 0 for seconds in entry["parts"].values())
 
@@ -225,7 +231,7 @@ def test_a_protocol_with_other_options_says_that_it_departs(cli, tmp_path):
     words = "--protocol efficientvit-cpu efficientvit_m0@64 --runtimes eager --batch_sizes 2".split()
     done = cli.run("benchmark", *words, *QUICK, "--output", tmp_path)
     assert done.code == 0, done.err
-    assert "departs from the protocol: --batch_sizes 2 for its 16" in done.err
+    assert "departs from the protocol: --batch_sizes 2 for 16" in done.err
     assert "Protocol efficientvit-cpu" in (tmp_path / "benchmark.md").read_text()
 
 
@@ -247,7 +253,7 @@ def test_mobile_writes_files_and_runs_those_that_run(monkeypatch, tmp_path):
     elsewhere = replace(traced, name="coreml", runs_here=lambda: False)
     monkeypatch.setitem(FORMATS, "coreml", elsewhere)
     monkeypatch.setattr(mobile, "_installed", lambda: [traced, elsewhere])
-    report = mobile.measure_mobile([parse_spec("efficientvit_m0@64")], tmp_path, threads=1, rounds=2, seconds=0.001)
+    report = mobile.measure_mobile([parse_spec("efficientvit_m0@64")], tmp_path, rounds=2, seconds=0.001)
     here, there = report.records
     assert here.latency is not None
     assert here.error is not None
@@ -264,4 +270,4 @@ def test_neither_format_for_telephones_installed_names_both_extras(monkeypatch, 
 
     monkeypatch.setattr("effvit.deploy.formats.check_writable", refuse)
     with pytest.raises(ConfigError, match=r"coreml.*executorch"):
-        mobile.measure_mobile([SimpleNamespace()], tmp_path, threads=1, rounds=1, seconds=0.001)
+        mobile.measure_mobile([SimpleNamespace()], tmp_path, rounds=1, seconds=0.001)
