@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-#: Of one visit to each batch size, and how many there are: less than two seconds for each of them.
-ROUNDS = 9
-SECONDS = 0.15
+#: What ``peak_memory`` of the records is, by type of device; `effvit benchmark` measures a process on a CPU.
+MEMORY_COUNTED = {
+    "cpu": "tensors alive at once that a forward pass makes, without what operators use inside",
+    "cuda": "what torch's allocator hands out at most during a forward pass, above weights and inputs",
+}
 
 
 def measure(
@@ -45,9 +47,9 @@ def measure(
         One record for each batch size; without figures where memory ran out.
     """
     calls = {batch: _Call(subject, batch, place) for batch in sorted(set(batches))}
-    peaks = {batch: _first_pass(call, device) for batch, call in calls.items()}
-    fitting = {batch: call for batch, call in calls.items() if peaks[batch] is not None}
-    found = time_in_rounds(fitting, device.type, rounds=ROUNDS, seconds=SECONDS)
+    passes = {batch: _first_pass(call, device) for batch, call in calls.items()}
+    fitting = {batch: call for batch, call in calls.items() if passes[batch].peak is not None}
+    found = time_in_rounds(fitting, device.type)
     macs = next((count_macs(subject.module, *call.inputs) // batch for batch, call in fitting.items()), 0)
     params = sum(parameter.numel() for parameter in subject.module.parameters())
     records = []
@@ -65,31 +67,44 @@ def measure(
                 size=subject.size,
                 latency=latency,
                 throughput=batch / latency.median if latency else None,
-                peak_memory=peaks[batch],
+                peak_memory=passes[batch].peak,
                 params=params,
                 macs=macs,
                 error=None,
                 agreement=None,
                 prepare_seconds=None,
                 speedup=None,
-                note="" if latency else "memory ran out",
+                note=passes[batch].note,
             )
         )
     return records
 
 
-def _first_pass(call: _Call, device: torch.device) -> int | None:
-    """Warms up; the peak memory of a pass, or ``None`` where memory ran out."""
+class _FirstPass(NamedTuple):
+    """What is known before the clock runs.
+
+    Attributes:
+        peak: Bytes; ``None`` where memory ran out.
+        note: What the record says of it.
+    """
+
+    peak: int | None
+    note: str
+
+
+def _first_pass(call: _Call, device: torch.device) -> _FirstPass:
+    """Measures the memory of a pass, and warms up."""
     try:
         peak = _peak_memory(call, device)
-        warm_up(call, device.type)
+        warm = warm_up(call, device.type)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         _log.warning("the hardware benchmark skips batches of %d images: memory ran out", call.batch)
         call.inputs = ()
-        return None
-    return peak
+        return _FirstPass(None, "memory ran out")
+    settled = "" if warm.stable else f"its time had not settled after {warm.seconds:.0f} s of warming up"
+    return _FirstPass(peak, settled)
 
 
 class _Call:
@@ -114,7 +129,7 @@ class _Call:
 def _peak_memory(call: _Call, device: torch.device) -> int:
     """Bytes that a forward pass adds to weights and inputs.
 
-    On a GPU what torch has allocated, on a CPU the tensors that are alive at once, without what operators use inside.
+    Which bytes these are, `MEMORY_COUNTED` says.
     """
     call()  # makes the inputs, and on a GPU the workspaces of the libraries
     if device.type != "cuda":

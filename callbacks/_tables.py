@@ -50,7 +50,8 @@ def metrics_table(metrics: Mapping[str, float], title: str, hardware: Mapping[st
         metrics: Values by name, without ``val/`` or ``test/``.
         title: Heading.
         hardware: What `HardwareBenchmark` has logged, without ``hardware/``: latency and memory of each batch size get
-            columns of their own, ``ms b1`` and ``MB b1``.
+            columns of their own, ``ms b1`` and ``tensor MB b1``: tensors alive at once, and on a GPU what torch's
+            allocator gave for them, not the memory of a whole process.
     """
     costs = _costs(hardware or {})
     table = Table(
@@ -82,7 +83,7 @@ def metrics_table(metrics: Mapping[str, float], title: str, hardware: Mapping[st
 
 def _costs(hardware: Mapping[str, float]) -> dict[str, str]:
     """Columns of latency, then of memory, with three digits."""
-    units = {"latency_ms_": "ms", "peak_memory_mb_": "MB"}
+    units = {"latency_ms_": "ms", "peak_memory_mb_": "tensor MB"}
     return {
         f"{unit} {name.removeprefix(prefix)}": _three_digits(value)
         for prefix, unit in units.items()

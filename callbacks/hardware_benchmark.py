@@ -15,7 +15,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from effvit.callbacks._measuring import measure
+from effvit.callbacks._measuring import MEMORY_COUNTED, measure
 from effvit.callbacks._run_folder import run_folder
 from effvit.callbacks._undisturbed import undisturbed
 from effvit.deploy._files import whole_file
@@ -39,7 +39,11 @@ class HardwareBenchmark(Callback):
 
     What is measured is eager torch in the Trainer's precision, from bytes to decoded results where the module has
     ``deployable()``, as all tasks of effvit do; of any other LightningModule its ``forward`` on
-    ``example_input_array``, repeated to the batch size. Peak memory is what a forward pass adds to weights and input.
+    ``example_input_array``, repeated to the batch size.
+
+    Peak memory is what a forward pass adds to weights and input: on a GPU by torch's allocator, on a CPU the tensors
+    that are alive at once. ``effvit benchmark`` measures the whole process on a CPU, with what operators use inside
+    and what the allocator keeps, so the two are not to be compared there.
 
     At validations the weights are those that are evaluated: averaged ones, where this callback stands before ``EMA``,
     as those that are named on the command line do. At the end of the training they are those of the optimizer.
@@ -47,7 +51,8 @@ class HardwareBenchmark(Callback):
     The loggers get ``hardware/latency_ms_b1`` (the median), ``hardware/throughput_b1`` (images a second),
     ``hardware/peak_memory_mb_b1`` (10**6 bytes), and the same for other batch sizes, ``hardware/params_m`` and
     ``hardware/macs_g``, in millions and in billions. ``hardware.json`` in the run folder has all samples, the
-    confidence intervals and the machine. A batch that does not fit into memory is left out, and the log says so.
+    confidence intervals, the machine, and which memory it is. A batch that does not fit into memory is left out, and
+    the log says so.
 
     Args:
         every_n_epochs: Measure at the first validation after every so many epochs; 0 for none. The end of a training,
@@ -200,6 +205,7 @@ class HardwareBenchmark(Callback):
             {
                 "stage": trainer.state.fn.value if trainer.state.fn else "",
                 "step": trainer.global_step,
+                "peak_memory": MEMORY_COUNTED.get(device.type, ""),
                 "records": [asdict(record) for record in records],
                 "environment": machine,
             }
