@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou
 
+from effvit.deploy._detections import Matched, partners
 from effvit.deploy._formats_source import Deployable, as_list
 from effvit.errors import ExportError
 
 if TYPE_CHECKING:
     from effvit.deploy.exported import Exported
 
-#: Overlap from which two boxes of a class are the same detection. Where suppression kept another one of two boxes that
-#: lie almost alike, what comes out of it is another detection, not a rounded one.
-SAME = 0.99
-#: Share of detections that may be without a partner: rounding can turn the order of two scores, or an overlap or a
-#: score at the threshold, and with it what non-maximum suppression keeps. One such turn leaves two, one of either side.
+#: Share of the detections of both sides that may be without a partner.
 _UNMATCHED = 0.01
-_ONE_TURN = 2
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Parity:
     """How far an exported file is from its source.
 
     Attributes:
-        images: How many were compared.
+        images: How many different ones were compared.
         errors: Largest difference of each output, relative to the largest value that the source gives.
         differences: The same in the output's own unit: probability, score, pixels of the original image.
         tolerance: What `errors` may be.
@@ -72,27 +68,42 @@ class Parity:
         }
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """What one image gave."""
+
+    same_class: bool = True
+    matched: Matched = field(default_factory=Matched)
+
+    def worse(self, other: _Sample) -> _Sample:
+        """Of the same image in two batches, what counts."""
+        matched = max(self.matched, other.matched, key=lambda one: one.unmatched)
+        return _Sample(self.same_class and other.same_class, matched)
+
+
 @dataclass
 class _Tally:
-    """Largest values so far."""
+    """Largest values so far, and what each image gave, known again where it comes twice."""
 
     differences: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     largest: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    images: int = 0
-    same_class: int = 0
-    detections: int = 0
-    unmatched: int = 0
+    samples: dict[bytes, _Sample] = field(default_factory=dict)
 
     def add(self, name: str, found: Tensor, expected: Tensor) -> None:
-        """Compares one output; NaN on one side only counts as infinitely far."""
+        """Compares one output; values of the file that are not finite count as infinitely far."""
         if not expected.numel():
             self.differences[name] = max(self.differences[name], 0.0)
             return
         found, expected = found.double(), expected.double()
-        gap = (found - expected).abs()
-        gap[found.isnan() & expected.isnan()] = 0
-        self.differences[name] = max(self.differences[name], gap.nan_to_num(nan=math.inf, posinf=math.inf).max().item())
-        self.largest[name] = max(self.largest[name], expected.nan_to_num().abs().max().item())
+        gap = (found - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf)
+        self.differences[name] = max(self.differences[name], gap.max().item())
+        self.largest[name] = max(self.largest[name], expected.abs().max().item())
+
+    def note(self, batch: tuple[Tensor, ...], samples: Iterable[_Sample]) -> None:
+        """Takes down what the images of a batch gave."""
+        for number, sample in enumerate(samples):
+            key = hashlib.blake2b(b"".join(tensor[number].cpu().numpy().tobytes() for tensor in batch)).digest()
+            self.samples[key] = sample.worse(self.samples.get(key, sample))
 
     def errors(self) -> dict[str, float]:
         return {name: gap / (self.largest[name] or 1.0) for name, gap in self.differences.items()}
@@ -114,21 +125,32 @@ def parity(module: Deployable, exported: Exported, batches: Iterable[tuple[Tenso
 
     Raises:
         ExportError: An output differs by more than the format's tolerance, or more than 1 % of the detections have no
-            partner. The message names the worst output.
+            partner. The message names the worst output. Also where the source's own outputs are not finite.
     """
     tally = _Tally()
     names = tuple(module.output_names)
     for batch in batches:
         with torch.no_grad():
             expected = [tensor.cpu() for tensor in as_list(module(*batch))]
+        _check_finite(names, expected)
         found = exported.run(*batch)
         _check_shapes(names, found, expected)
-        tally.images += len(batch[0])
         compare = _compare_detections if module.task == "detection" else _compare_classes
-        compare(tally, dict(zip(names, found, strict=True)), dict(zip(names, expected, strict=True)))
-    result = _result(module.task, tally, exported.tolerance)
-    _check(result, str(exported.path))
+        ours, theirs = (dict(zip(names, tensors, strict=True)) for tensors in (found, expected))
+        tally.note(batch, list(compare(tally, ours, theirs)))
+    result, matched = _result(module.task, tally, exported.tolerance)
+    _check(result, matched, str(exported.path))
     return result
+
+
+def _check_finite(names: tuple[str, ...], expected: list[Tensor]) -> None:
+    """Nothing agrees with what is no number; a file that says the same would be as broken as its source."""
+    for name, tensor in zip(names, expected, strict=True):
+        if not tensor.isfinite().all():
+            raise ExportError(
+                f"the network itself gives {name} that are not finite (NaN or infinite), so no file of it is of use: "
+                "is the checkpoint of a training that diverged?"
+            )
 
 
 def _check_shapes(names: tuple[str, ...], found: list[Tensor], expected: list[Tensor]) -> None:
@@ -137,68 +159,37 @@ def _check_shapes(names: tuple[str, ...], found: list[Tensor], expected: list[Te
         raise ExportError(f"the exported model gives {names} of the shapes {shapes[0]}, its source {shapes[1]}")
 
 
-def _compare_classes(tally: _Tally, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _compare_classes(tally: _Tally, found: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[_Sample]:
     for name, tensor in expected.items():
         tally.add(name, found[name], tensor)
     first = next(iter(expected))
-    tally.same_class += int((found[first].argmax(-1) == expected[first].argmax(-1)).sum())
+    for same in (found[first].argmax(-1) == expected[first].argmax(-1)).tolist():
+        yield _Sample(same_class=same)
 
 
-def _compare_detections(tally: _Tally, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for index in range(len(expected["labels"])):
-        ours, theirs = (
-            {name: tensor[index][side["labels"][index] >= 0] for name, tensor in side.items()}
-            for side in (found, expected)
-        )
-        rows, columns = match_detections(ours, theirs)
-        tally.detections += len(theirs["labels"])
-        tally.unmatched += len(ours["labels"]) + len(theirs["labels"]) - 2 * len(rows)
-        for name in theirs:
-            if name != "labels":
-                tally.add(name, ours[name][rows], theirs[name][columns])
+def _compare_detections(tally: _Tally, found: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[_Sample]:
+    for image in partners(found, expected):
+        for name, tensor in image.expected.items():
+            tally.add(name, image.found[name], tensor)
+        yield _Sample(matched=image.matched)
 
 
-def match_detections(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], least_overlap: float = SAME
-) -> tuple[Tensor, Tensor]:
-    """Pairs the detections of one image by class and overlap, each with the partner it overlaps most.
-
-    Args:
-        found: ``boxes`` ``(N, 4)`` xyxy and ``labels`` ``(N,)``.
-        expected: The same of ``M`` detections.
-        least_overlap: Overlap (IoU) that partners have at least.
-
-    Returns:
-        Positions among `found` and positions among `expected`, of the same length.
-    """
-    overlap = box_iou(found["boxes"].double(), expected["boxes"].double())
-    overlap[found["labels"][:, None] != expected["labels"]] = 0
-    pairs = []
-    for _ in range(min(overlap.shape)):
-        best = int(overlap.argmax())
-        row, column = divmod(best, overlap.shape[1])
-        if not overlap[row, column] >= least_overlap:
-            break
-        pairs.append((row, column))
-        overlap[row], overlap[:, column] = -1, -1
-    rows = torch.tensor([row for row, _ in pairs], dtype=torch.long)
-    return rows, torch.tensor([column for _, column in pairs], dtype=torch.long)
-
-
-def _result(task: str, tally: _Tally, tolerance: float) -> Parity:
+def _result(task: str, tally: _Tally, tolerance: float) -> tuple[Parity, Matched]:
     detects = task == "detection"
+    samples = tally.samples.values()
+    matched = sum((sample.matched for sample in samples), Matched())
     return Parity(
-        images=tally.images,
+        images=len(samples),
         errors=tally.errors(),
         differences=dict(tally.differences),
         tolerance=tolerance,
-        top1=None if detects else tally.same_class / max(tally.images, 1),
-        detections=tally.detections if detects else None,
-        unmatched=tally.unmatched if detects else None,
-    )
+        top1=None if detects else sum(sample.same_class for sample in samples) / max(len(samples), 1),
+        detections=matched.detections if detects else None,
+        unmatched=matched.unmatched if detects else None,
+    ), matched
 
 
-def _check(result: Parity, path: str) -> None:
+def _check(result: Parity, matched: Matched, path: str) -> None:
     if not result.images:
         raise ExportError("nothing to compare: no image was given")
     if not result.error <= result.tolerance:
@@ -207,10 +198,9 @@ def _check(result: Parity, path: str) -> None:
             f"{path} disagrees with its source: {worst} differs by {result.differences[worst]:.3g}, which is "
             f"{result.error:.3g} of its largest value (allowed: {result.tolerance:g}), over {result.images} images"
         )
-    if result.unmatched is not None and result.detections is not None:
-        allowed = max(_ONE_TURN, math.floor(_UNMATCHED * 2 * result.detections))
-        if result.unmatched > allowed:
-            raise ExportError(
-                f"{path} disagrees with its source: of {result.detections} detections in {result.images} images, "
-                f"{result.unmatched} of either side have no partner of the same class and place (allowed: {allowed})"
-            )
+    allowed = matched.allowed(_UNMATCHED)
+    if matched.unmatched > allowed:
+        raise ExportError(
+            f"{path} disagrees with its source: of {matched.detections} detections in {result.images} images, "
+            f"{matched.unmatched} of either side have no partner of the same class and place (allowed: {allowed})"
+        )

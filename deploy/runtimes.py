@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from effvit.deploy import _runtimes_compiled, _runtimes_onnx, _runtimes_openvino, _runtimes_torch
+from effvit.deploy._detections import Matched, partners
 from effvit.deploy._runtimes_contract import Prepared, Runtime, Setting, converting, evaluating, require_cuda
 from effvit.errors import ConfigError, ExportError, close_matches
 
@@ -160,6 +161,8 @@ def _name(ready: Prepared, names: object) -> None:
 
 #: By how much of the largest value a first choice has to lead for rounding not to change it.
 CLEAR_LEAD = 0.1
+#: Of how many such images a share says something.
+ENOUGH_CLEAR = 8
 _DETECTIONS = {"boxes", "scores", "labels"}
 
 
@@ -171,18 +174,17 @@ class Agreement:
         error: Largest difference, relative to the largest expected magnitude of the same tensor; the worst tensor's.
             Infinite where either has a value that is not finite.
         worst: That tensor's name.
-        top1: Share of rows with the same first choice, where the only output is ``(B, K)``; else ``None``.
-        clear_top1: The same, of those rows alone whose first choice leads the second by a tenth of the largest value:
-            where it does not, as in untrained networks, rounding may choose. ``None`` without such rows.
-        unmatched: Share of detections of either run that have no partner of the same class and place in the other,
-            where the outputs are detections; `error` is of partners then.
+        top1: Share of rows with the same first choice, where the only output is ``(B, K)``, of those rows alone whose
+            first choice leads the second by a tenth of the largest value: where it does not, as in untrained networks,
+            rounding may choose. ``None`` with fewer than 8 such rows.
+        matched: Where the outputs are detections: how many have a partner of the same class and place in the other
+            run; `error` is of partners then.
     """
 
     error: float
     worst: str
-    top1: float | None
-    clear_top1: float | None = None
-    unmatched: float | None = None
+    top1: float | None = None
+    matched: Matched | None = None
 
 
 def compare(
@@ -202,40 +204,28 @@ def compare(
     if len(found) != len(expected):
         raise ExportError(f"There are {len(found)} output tensors where {len(expected)} were expected.")
     names = list(names or [f"output {position}" for position in range(len(expected))])
-    top1 = _top1(found, expected)
     for name, own, other in zip(names, found, expected, strict=True):
         if own.shape != other.shape:
             raise ExportError(f"{name} has shape {tuple(own.shape)} where {tuple(other.shape)} was expected.")
-    unmatched = None
+    top1 = _top1(found, expected)
+    matched = None
     if set(names) >= _DETECTIONS:
-        names, found, expected, unmatched = _matched(names, found, expected, TOLERANCES[precision].overlap)
+        names, found, expected, matched = _beside(names, found, expected, TOLERANCES[precision].overlap)
     errors = {name: _error(own, other) for name, own, other in zip(names, found, expected, strict=True)}
     worst = max(errors, key=lambda name: errors[name])
-    return Agreement(errors[worst], worst, *top1, unmatched)
+    return Agreement(errors[worst], worst, top1, matched)
 
 
-def _matched(
+def _beside(
     names: list[str], found: Sequence[Tensor], expected: Sequence[Tensor], overlap: float
-) -> tuple[list[str], list[Tensor], list[Tensor], float]:
-    """Detections beside their partners, without their labels, and the share of those that have none.
-
-    Rounding may turn the order of two that score alike, which would compare each with the other.
-    """
-    from effvit.deploy.parity import match_detections
-
-    pairs: dict[str, tuple[list[Tensor], list[Tensor]]] = {name: ([], []) for name in names if name != "labels"}
-    count = alone = 0
-    for image in range(len(expected[0])):
-        own, other = (dict(zip(names, (tensor[image] for tensor in side), strict=True)) for side in (found, expected))
-        own, other = ({name: tensor[one["labels"] >= 0] for name, tensor in one.items()} for one in (own, other))
-        rows, columns = match_detections(own, other, overlap)
-        count += len(own["labels"]) + len(other["labels"])
-        alone += len(own["labels"]) + len(other["labels"]) - 2 * len(rows)
-        for name, (left, right) in pairs.items():
-            left.append(own[name][rows])
-            right.append(other[name][columns])
-    lefts, rights = ([torch.cat(pair[side]) for pair in pairs.values()] for side in (0, 1))
-    return list(pairs), lefts, rights, alone / max(count, 1)
+) -> tuple[list[str], list[Tensor], list[Tensor], Matched]:
+    """Detections of all images beside their partners, without their labels, and how many have one."""
+    sides = (dict(zip(names, side, strict=True)) for side in (found, expected))
+    images = list(partners(*sides, least_overlap=overlap))
+    names = [name for name in names if name != "labels"]
+    left = [torch.cat([image.found[name] for image in images]) for name in names]
+    right = [torch.cat([image.expected[name] for image in images]) for name in names]
+    return names, left, right, sum((image.matched for image in images), Matched())
 
 
 def _error(found: Tensor, expected: Tensor) -> float:
@@ -249,13 +239,14 @@ def _error(found: Tensor, expected: Tensor) -> float:
     return difference / largest if largest else difference
 
 
-def _top1(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float | None, float | None]:
+def _top1(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
     if len(expected) != 1 or expected[0].ndim != 2 or expected[0].shape[1] < 2 or not expected[0].is_floating_point():
-        return None, None
-    same = (found[0].argmax(1) == expected[0].argmax(1)).double()
+        return None
     best = expected[0].topk(2, 1).values
     clear = best[:, 0] - best[:, 1] > CLEAR_LEAD * expected[0].abs().max()
-    return float(same.mean()), float(same[clear].mean()) if clear.any() else None
+    if clear.sum() < ENOUGH_CLEAR:
+        return None
+    return float((found[0].argmax(1) == expected[0].argmax(1))[clear].double().mean())
 
 
 @dataclass(frozen=True)
@@ -264,8 +255,8 @@ class Tolerance:
 
     Attributes:
         error: Greatest `Agreement.error`.
-        top1: Least `Agreement.clear_top1`.
-        unmatched: Greatest `Agreement.unmatched`.
+        top1: Least `Agreement.top1`.
+        unmatched: Share of the detections of both runs that may be without a partner, see `Matched.allowed`.
         overlap: Overlap (IoU) from which two boxes are the same detection.
         reason: Why so much.
     """
@@ -305,13 +296,15 @@ def check(agreement: Agreement, runtime: str, precision: str, device: str = "cpu
             f"{runtime} ({precision}) differs from eager: {agreement.worst} by {agreement.error:.2g} of its largest "
             f"value, where {allowed.error:g} is allowed ({allowed.reason}). So its time says nothing."
         )
-    if agreement.clear_top1 is not None and agreement.clear_top1 < allowed.top1:
+    if agreement.top1 is not None and agreement.top1 < allowed.top1:
         raise ExportError(
-            f"{runtime} ({precision}) chooses as eager does for {agreement.clear_top1:.1%} of the images whose first "
+            f"{runtime} ({precision}) chooses as eager does for {agreement.top1:.1%} of the images whose first "
             f"choice is clear, where {allowed.top1:.0%} is required. So its time says nothing."
         )
-    if agreement.unmatched is not None and agreement.unmatched > allowed.unmatched:
+    matched = agreement.matched
+    if matched is not None and matched.unmatched > matched.allowed(allowed.unmatched):
         raise ExportError(
-            f"{runtime} ({precision}) differs from eager: {agreement.unmatched:.1%} of the detections have no partner "
-            f"of the same class and place, where {allowed.unmatched:.0%} may. So its time says nothing."
+            f"{runtime} ({precision}) differs from eager: beside {matched.detections} detections of eager's, "
+            f"{matched.unmatched} of either have no partner of the same class and place, where "
+            f"{matched.allowed(allowed.unmatched)} may. So its time says nothing."
         )

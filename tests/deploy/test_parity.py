@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from effvit.deploy.parity import match_detections, parity
+from effvit.deploy._detections import Matched, match_detections
+from effvit.deploy.parity import parity
 from effvit.errors import ExportError
 
 
@@ -28,10 +29,47 @@ def running(module, change):
 
 def test_a_file_that_says_the_same(stand_ins):
     module = stand_ins.classifier()
-    batches = [module.example_inputs(batch, (32, 32)) for batch in (1, 3)]
-    found = parity(module, running(module, lambda outputs: outputs), batches)
-    assert (found.images, found.error, found.worst, found.top1) == (4, 0.0, "probabilities", 1.0)
+    (three,) = module.example_inputs(3, (32, 32))
+    found = parity(module, running(module, lambda outputs: outputs), [(three[:1],), (three,)])
+    assert (found.images, found.error, found.worst, found.top1) == (3, 0.0, "probabilities", 1.0)
     assert found.detections is None
+
+
+def test_an_image_in_two_batches_counts_once_and_as_the_worse_one(stand_ins):
+    module = stand_ins.detector()
+    once = module.example_inputs(1, (64, 64))
+    twice = tuple(torch.cat([tensor, tensor]) for tensor in once)
+    turned = iter([[0, 0, 0], [0, 5, 0]])  # boxes of the first batch are right, one of the second is elsewhere
+
+    def elsewhere(outputs):
+        outputs[0][-1, :3] += torch.tensor(next(turned))[:, None]
+        return outputs
+
+    found = parity(module, running(module, elsewhere), [once, twice])
+    assert (found.images, found.detections, found.unmatched) == (1, 3, 2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_source_whose_outputs_are_not_finite_is_refused(stand_ins, value):
+    module = stand_ins.classifier()
+    with torch.no_grad():
+        module.head.bias += value
+    with pytest.raises(ExportError, match=r"network itself gives probabilities that are not finite"):
+        parity(module, running(module, lambda outputs: outputs), [module.example_inputs(2, (32, 32))])
+
+
+@pytest.mark.parametrize(
+    ("matched", "share", "allowed"),
+    [
+        (Matched(50, 49, 2), 0.0, 2),  # one turn
+        (Matched(50, 48, 4), 0.02, 2),
+        (Matched(500, 490, 20), 0.02, 20),
+        (Matched(1, 0, 2), 0.01, 1),  # nothing says the same
+        (Matched(0, 0, 1), 0.01, 1),  # one at the threshold
+    ],
+)
+def test_how_many_detections_may_be_alone(matched, share, allowed):
+    assert matched.allowed(share) == allowed
 
 
 def test_differences_are_the_largest_over_all_batches(stand_ins):

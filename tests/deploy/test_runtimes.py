@@ -12,6 +12,7 @@ from torch import nn
 from effvit.backbones import create_classifier
 from effvit.backbones._windows import ShapeCache
 from effvit.deploy import _runtimes_compiled, _runtimes_onnx
+from effvit.deploy._detections import Matched
 from effvit.deploy._runtimes_contract import converting, copied, flatten
 from effvit.deploy._runtimes_files import fingerprint
 from effvit.deploy.runtimes import RUNTIMES, TOLERANCES, Agreement, Setting, check, compare, prepare, require
@@ -405,7 +406,7 @@ def test_a_network_without_tensors_has_nothing_to_compare():
 def test_compare_finds_the_worst_tensor():
     expected = [torch.tensor([1.0, -10.0]), torch.tensor([100.0, 0.0]), torch.zeros(0)]
     found = [torch.tensor([1.0, -10.5]), torch.tensor([101.0, 0.0]), torch.zeros(0)]
-    assert compare(found, expected, ["small", "large", "empty"]) == Agreement(pytest.approx(0.05), "small", None)
+    assert compare(found, expected, ["small", "large", "empty"]) == Agreement(pytest.approx(0.05), "small")
     assert compare(expected, expected).error == 0
     assert compare(found, expected).worst == "output 0"
 
@@ -429,19 +430,26 @@ def test_counts_and_shapes_must_match():
 
 
 def test_first_choices():
-    expected = torch.tensor([[1.0, 0.99, 0.0], [0.0, 1.0, 0.5], [0.2, 0.0, 1.0]])
+    expected = torch.tensor([[1.0, 0.99, 0.0]] + [[0.0, 1.0, 0.5], [0.2, 0.0, 1.0]] * 4)
     found = expected.clone()
     found[0, 1] = 1.01  # a lead of 1 % is none
     agreement = compare([found], [expected])
-    assert (agreement.top1, agreement.clear_top1) == (pytest.approx(2 / 3), 1.0)
+    assert agreement.top1 == 1
     check(agreement, "onnx", "bf16")
-    found[2, 0] = 1.05
+    found[2::2, 0] = 1.05
     agreement = compare([found], [expected])
-    assert (agreement.top1, agreement.clear_top1) == (pytest.approx(1 / 3), 0.5)
+    assert agreement.top1 == 0.5
     with pytest.raises(ExportError, match=r"50\.0% of the images"):
-        check(Agreement(0.0, "output", agreement.top1, agreement.clear_top1), "onnx", "int8")
+        check(Agreement(0.0, "output", agreement.top1), "onnx", "int8")
     assert compare([expected, expected], [expected, expected]).top1 is None
     assert compare([expected.long()], [expected.long()]).top1 is None
+
+
+def test_few_clear_first_choices_say_nothing():
+    expected = torch.tensor([[0.0, 1.0]] * 7 + [[1.0, 0.99]] * 9)
+    assert compare([expected], [expected]).top1 is None
+    expected[7] = torch.tensor([1.0, 0.0])
+    assert compare([expected], [expected]).top1 == 1
 
 
 def test_detections_are_compared_with_their_partners():
@@ -450,25 +458,27 @@ def test_detections_are_compared_with_their_partners():
     names = ["boxes", "scores", "labels"]
     turned = [tensor[:, [1, 0, 2]] for tensor in (boxes, scores, labels)]
     agreement = compare(turned, [boxes, scores, labels], names)
-    assert (agreement.error, agreement.unmatched) == (0.0, 0.0)
+    assert (agreement.error, agreement.matched) == (0.0, Matched(2, 2, 0))
     check(agreement, "onnx", "fp32")
     other = labels.clone()
-    other[0, 1] = 3
+    other[0, 0] = 3
     agreement = compare([boxes, scores, other], [boxes, scores, labels], names)
-    assert agreement.unmatched == 0.5
-    with pytest.raises(ExportError, match=r"50\.0% of the detections have no partner"):
-        check(agreement, "onnx", "fp32")
+    assert agreement.matched == Matched(2, 1, 2)
+    check(agreement, "onnx", "fp32")  # one turned suppression is no other network
+    other[0, 1] = 3
+    with pytest.raises(ExportError, match=r"beside 2 detections of eager's, 4 of either have no partner .* 1 may"):
+        check(compare([boxes, scores, other], [boxes, scores, labels], names), "onnx", "fp32")
     moved = compare([boxes + 1, scores, labels], [boxes, scores, labels], names, "bf16")
-    assert (moved.worst, moved.error, moved.unmatched) == ("boxes", pytest.approx(1 / 40), 0)
-    assert compare([boxes + 1, scores, labels], [boxes, scores, labels], names).unmatched == 1
+    assert (moved.worst, moved.error, moved.matched) == ("boxes", pytest.approx(1 / 40), Matched(2, 2, 0))
+    assert compare([boxes + 1, scores, labels], [boxes, scores, labels], names).matched == Matched(2, 0, 4)
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_check_refuses_what_differs_too_much(precision):
     allowed = TOLERANCES[precision].error
-    check(Agreement(allowed, "c4", None), "onnx", precision)
+    check(Agreement(allowed, "c4"), "onnx", precision)
     with pytest.raises(ExportError, match=rf"onnx \({precision}\) differs from eager: c4 by"):
-        check(Agreement(allowed * 1.1, "c4", None), "onnx", precision)
+        check(Agreement(allowed * 1.1, "c4"), "onnx", precision)
 
 
 def test_a_network_that_differs_is_refused(tiny, inputs, expected):
