@@ -32,6 +32,8 @@ Every setting can be given on the command line, for example --model.backbone eff
   --version   print the version
 """
 
+_INTERRUPTED = 128 + 2  # as a shell has it of SIGINT
+
 
 def _train(verb: str) -> Callable[[list[str]], int]:
     def run(arguments: list[str]) -> int:
@@ -105,7 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: What follows ``effvit`` on the command line; taken from there by default.
 
     Raises:
-        SystemExit: Always: 0 if all went well, 1 if the command failed, 2 if it was not understood.
+        SystemExit: Always: 0 if all went well, 1 if the command failed, 2 if it was not understood, 130
+            after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in {"-h", "--help", "help"}:
@@ -121,6 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except EffvitError as error:
         print(f"effvit: {_own_words(error)}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
+    except KeyboardInterrupt:
+        print("effvit: interrupted", file=sys.stderr)
+        raise SystemExit(_INTERRUPTED) from None
 
 
 def _own_words(error: EffvitError) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from effvit._cli.allocator import tune_allocator
-from effvit._cli.launch import unused
+from effvit._cli.launch import make_folder, unused
 from effvit._cli.subjects import KINDS, checkpoint_subject, file_name, image_size, named_subject, parse_spec
 from effvit.errors import ConfigError
 
@@ -62,7 +62,7 @@ def benchmark(words: Sequence[str]) -> int:
         return _run_protocol(own, words)
     subjects = _subjects(own, own.models)
     output = unused(Path("runs") / "benchmark") if own.output is None else own.output
-    _make_folder(output)
+    make_folder(output)
     if own.profile:
         return _profile(own, subjects, output)
     runtimes = own.runtimes or _usual_runtimes()
@@ -224,13 +224,6 @@ def _write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _make_folder(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output {output} cannot be made: {error}") from error
-
-
 def _run_protocol(own: argparse.Namespace, words: Sequence[str]) -> int:
     """Measures as a paper did; explicit options win over the protocol's."""
     from effvit.deploy.protocols import find_protocol
@@ -238,7 +231,7 @@ def _run_protocol(own: argparse.Namespace, words: Sequence[str]) -> int:
 
     protocol = find_protocol(own.protocol)
     output = own.output or unused(Path("runs") / protocol.name)
-    _make_folder(output)
+    make_folder(output)
     departures: list[str] = []
     if protocol.name == "mobile":
         from effvit._cli.mobile import measure_mobile

@@ -64,6 +64,8 @@ def _export(run: RebuiltRun, output: Path, own: argparse.Namespace) -> Export:
     from effvit.deploy.export import check_export, export
 
     module = run.task.deployable()
+    if own.batch_size is not None and own.batch_size < 1:
+        raise ConfigError(f"--batch_size must be 1 or more, not {own.batch_size}")
     entry = check_export(module.task, own.format, output, batch=own.batch_size)
     size = image_size(own.image_size, "--image_size") if own.image_size else None
     canvas = canvas_of(module.task, run.inputs, size)
@@ -174,7 +176,7 @@ def _print_formats() -> None:
 
     table = Table(box=box.SIMPLE_HEAD)
     for head in ("format", "what it is", "needs", "networks for", "any batch"):
-        table.add_column(head)
+        table.add_column(head, no_wrap=head == "needs")
     for entry in FORMATS.values():
         needs = f"effvit[{entry.extra}]" if entry.extra else "torch alone"
         batch = "yes" if entry.dynamic_batch else "no"

@@ -236,6 +236,18 @@ def _started_from_outside() -> bool:
     return any(int(os.environ.get(name, "1")) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS"))
 
 
+def make_folder(folder: Path) -> None:
+    """Makes the folder that results go to, before the work.
+
+    Raises:
+        ConfigError: That is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: the folder {folder} cannot be made: {error.strerror}") from error
+
+
 def unused(directory: Path) -> Path:
     """``directory``, or the first of ``directory-2``, ``directory-3``, … that does not exist."""
     number, candidate = 1, directory

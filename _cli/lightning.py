@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from effvit import __version__, datamodules
-from effvit._cli.launch import INPUT_SETTINGS, OWN_OPTIONS, Run
+from effvit._cli.launch import INPUT_SETTINGS, OWN_OPTIONS, Run, make_folder
 from effvit._cli.parser import Parser
 from effvit.callbacks import EMA, ClassificationReport, HardwareBenchmark, Progress, RunCheckpoint, RunReport
 from effvit.categories import Categories
@@ -293,7 +293,7 @@ def run_prediction(module: LightningModule, data: LightningDataModule, directory
         callback: What writes them.
     """
     _quieten()
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     _log_to(directory)
     trainer = Trainer(
         accelerator="cpu",

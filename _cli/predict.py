@@ -44,8 +44,10 @@ def predict(words: Sequence[str]) -> int:
     own, rest = _parser().parse_known_args(list(words))
     allocator = tune_allocator(own.allocator)
     if (own.checkpoint is None) == (own.model is None):
+        given = "neither was given" if own.model is None else "both were given"
         raise ConfigError(
-            "effvit predict needs either --checkpoint FILE, of a run, or --model FILE, which effvit export wrote"
+            "effvit predict needs either --checkpoint FILE, of a run, or --model FILE, which effvit export wrote: "
+            f"{given}"
         )
     if own.model is not None:
         return _predict_exported(own, rest)

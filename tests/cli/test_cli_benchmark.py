@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from effvit._cli.subjects import named_subject, parse_spec
 from effvit.backbones import list_backbones
@@ -21,7 +22,7 @@ QUICK = "--rounds 2 --seconds 0.001 --no_memory".split()
 
 
 def record(model, runtime, seconds, **changes):
-    latency = summarise([[seconds, seconds * 1.5], [seconds, seconds]])
+    latency = summarise([[seconds, seconds, seconds * 1.5], [seconds, seconds]])
     plain = Record(
         model=model,
         runtime=runtime,
@@ -233,6 +234,39 @@ def test_a_protocol_with_other_options_says_that_it_departs(cli, tmp_path):
     assert done.code == 0, done.err
     assert "departs from the protocol: --batch_sizes 2 for 16" in done.err
     assert "Protocol efficientvit-cpu" in (tmp_path / "benchmark.md").read_text()
+
+
+def test_options_that_would_be_ignored_are_refused(cli):
+    for words in (
+        "efficientvit_m0 --profile --runtimes eager",
+        "efficientvit_m0 --profile --protocol efficientvit-cpu",
+        "--protocol mobile --batch_sizes 2",
+        "--protocol efficientvit-cpu --batch_sizes 1 2",
+        "--protocol efficientvit-cpu --kind backbone",
+    ):
+        done = cli.run("benchmark", *words.split())
+        assert done.code == 2, words
+        assert "--" in done.err
+
+
+@pytest.mark.parametrize("kind", ["retinanet", "faster_rcnn", "ssdlite"])
+def test_a_detector_of_random_weights_finds_objects(kind):
+    """Else there would be nothing to suppress, and nothing to compare runtimes by."""
+    backbone = "mobilevit_xxs" if kind == "ssdlite" else "efficientvit_m0"
+    subject = named_subject(parse_spec(f"{backbone}@64"), kind, None)
+    with torch.no_grad():
+        labels = subject.module(*subject.make_inputs(1))[2]
+    assert (labels >= 0).sum() > 10
+    assert len(labels.unique()) > 2
+
+
+def test_an_interrupted_command_says_so_in_one_line(cli, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("effvit.deploy.benchmark.benchmark", interrupt)
+    done = cli.run("benchmark", "efficientvit_m0@64", "--runtimes", "eager")
+    assert (done.code, done.err.strip().splitlines()[-1]) == (130, "effvit: interrupted")
 
 
 def test_the_lists_name_every_runtime_and_protocol(cli):
