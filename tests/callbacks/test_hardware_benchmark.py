@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from effvit.callbacks._tables import metrics_table
 from effvit.callbacks._undisturbed import undisturbed
 from effvit.deploy import timing
 from effvit.errors import ConfigError
+from effvit.tasks import Classification, Detection
 
 _SPEC = importlib.util.spec_from_file_location("resume_helper", Path(__file__).with_name("resume_helper.py"))
 helper = importlib.util.module_from_spec(_SPEC)
@@ -27,9 +30,8 @@ _SPEC.loader.exec_module(helper)
 
 @pytest.fixture(autouse=True)
 def _brief(monkeypatch):
-    monkeypatch.setattr(_measuring, "ROUNDS", 3)
-    monkeypatch.setattr(_measuring, "SECONDS", 0.002)
-    monkeypatch.setattr(_measuring, "warm_up", lambda call, _: call())
+    monkeypatch.setattr(_measuring, "time_in_rounds", partial(timing.time_in_rounds, rounds=3, seconds=0.002))
+    monkeypatch.setattr(_measuring, "warm_up", partial(timing.warm_up, window=0.0, tolerance=math.inf))
     monkeypatch.setattr(timing.gc, "collect", lambda: 0)  # of all that the tests before have left
 
 
@@ -81,6 +83,130 @@ def test_a_training_ends_bit_for_bit_as_one_without(tmp_path):
     assert states[0].keys() == states[1].keys()
     for index, state in states[0].items():
         assert all(torch.equal(states[1][index][name], value) for name, value in state.items())
+
+
+CLASSES = {0: "ant", 1: "bee", 2: "cat"}
+
+
+class Batches(pl.LightningDataModule):
+    """The same two batches of 32 pixel images for training and validation, with boxes too."""
+
+    batch_size = 4
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        return torch.utils.data.DataLoader([self._batch(generator, first) for first in (0, 4)], batch_size=None)
+
+    val_dataloader = train_dataloader
+
+    def _batch(self, generator, first):
+        raise NotImplementedError
+
+
+class Photos(Batches):
+    def _batch(self, generator, first):
+        ids = torch.arange(first, first + 4)
+        target = {"labels": ids % 3, "image_ids": ids, "file_names": [f"{number}.jpg" for number in ids]}
+        return torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator), target
+
+
+class Scenes(Batches):
+    def ground_truth(self, stage):
+        entries = [
+            {"id": number + 1, "image_id": number, "category_id": number % 3, "bbox": [4.0, 4.0, 24.0, 26.0]}
+            | {"area": 624.0, "iscrowd": 0}
+            for number in range(8)
+        ]
+        images = [{"id": number, "width": 32, "height": 32, "file_name": f"{number}.jpg"} for number in range(8)]
+        categories = [{"id": key, "name": name} for key, name in CLASSES.items()]
+        return {"images": images, "annotations": entries, "categories": categories}
+
+    def _batch(self, generator, first):
+        box, size = torch.tensor([[4.0, 4.0, 28.0, 30.0]]), (32, 32)
+        targets = [
+            {"image_id": number, "boxes": box, "labels": torch.tensor([number % 3]), "size": size}
+            | {"original_size": size, "file_name": f"{number}.jpg"}
+            for number in range(first, first + 4)
+        ]
+        return torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator), targets
+
+
+class Losses(pl.Callback):
+    """Notes every loss, and a random number after it."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[float, ...]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.found.append((outputs["loss"].item(), float(torch.rand(()))))
+
+
+def _fit_task(make: Any, data: Batches, folder: Path, *callbacks: pl.Callback, **options: Any) -> tuple[Any, Any, Any]:
+    pl.seed_everything(4, verbose=False)
+    task, losses = make(), Losses()
+    trainer = pl.Trainer(
+        default_root_dir=folder, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        callbacks=[losses, *callbacks, EMA(0.8)], **{"max_epochs": 2, **options},
+    )  # fmt: skip
+    trainer.fit(task, datamodule=data)
+    after = (random.random(), float(np.random.rand()), float(torch.rand(())))  # noqa: NPY002
+    return task, trainer, (losses.found, after)
+
+
+def _assert_undisturbed(make: Any, data: Batches, folder: Path) -> None:
+    """Two epochs with a measurement after each, against two without: weights, statistics, losses, numbers, metrics."""
+    plain, plain_trainer, expected = _fit_task(make, data, folder / "plain")
+    benchmark = HardwareBenchmark(every_n_epochs=1, batch_sizes=[2])
+    task, trainer, found = _fit_task(make, data, folder / "measured", benchmark)
+    measurements = json.loads((folder / "measured" / "hardware.json").read_text())["measurements"]
+    assert [entry["step"] for entry in measurements] == [2, 4]
+    assert all(record["latency"] for entry in measurements for record in entry["records"])
+    assert found == expected
+    assert task.state_dict().keys() == plain.state_dict().keys()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(task.state_dict()[name], value), name
+    for name, value in plain_trainer.callback_metrics.items():
+        assert torch.equal(trainer.callback_metrics[name], value), name
+    assert [module.training for module in task.modules()] == [module.training for module in plain.modules()]
+
+
+def _classifier():
+    return Classification("efficientvit_m0", CLASSES)
+
+
+def test_a_classifier_trains_bit_for_bit_as_without(tmp_path):
+    _assert_undisturbed(_classifier, Photos(), tmp_path)
+
+
+class Snapshot(pl.Callback):
+    """What a validation leaves where this callback stands."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        self.modes = [module.training for module in pl_module.modules()]
+        self.random = torch.get_rng_state()
+
+
+def test_a_measurement_in_bf16_leaves_all_as_it_was(tmp_path):
+    """Two trainings cannot be compared: torch's convolutions in bf16 differ from run to run on a CPU."""
+    before, after = Snapshot(), Snapshot()
+    benchmark = HardwareBenchmark(every_n_epochs=1)
+    _fit_task(_classifier, Photos(), tmp_path, before, benchmark, after, max_epochs=1, precision="bf16-true")
+    ((record,),) = (entry["records"] for entry in json.loads((tmp_path / "hardware.json").read_text())["measurements"])
+    assert record["precision"] == "bf16"
+    assert record["latency"] is not None
+    assert after.weights.keys() == before.weights.keys()
+    assert all(torch.equal(value, before.weights[name]) for name, value in after.weights.items())
+    assert after.modes == before.modes
+    assert torch.equal(after.random, before.random)
+
+
+def test_a_detector_trains_bit_for_bit_as_without(tmp_path):
+    def make():
+        return Detection("efficientvit_m0", CLASSES, pyramid_channels=16, head_convs=1)
+
+    _assert_undisturbed(make, Scenes(), tmp_path)
 
 
 def test_all_is_put_back_after_an_error_too():
@@ -157,6 +283,8 @@ def test_what_it_leaves(tmp_path, capsys):
     assert three["peak_memory"] > one["peak_memory"] > 0
     assert len(one["latency"]["rounds"]) == 3
     assert entry["environment"]["torch"] == torch.__version__
+    assert entry["peak_memory"].startswith("tensors alive at once")
+    assert (one["note"], three["note"]) == ("", "")
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("hardware/")}
     assert metrics["hardware/latency_ms_b1"] == pytest.approx(1000 * one["latency"]["median"])
     assert metrics["hardware/throughput_b3"] == pytest.approx(3 / three["latency"]["median"])
@@ -174,6 +302,14 @@ def test_it_goes_on_in_a_resumed_run(tmp_path, monkeypatch):
     trainer.fit(Restless(), helper.Loader(), helper.validation_loader(), ckpt_path=tmp_path / "last.ckpt")
     measurements = json.loads((tmp_path / "hardware.json").read_text())["measurements"]
     assert [entry["step"] for entry in measurements] == [14, 21, 28]
+
+
+def test_a_time_that_has_not_settled_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(_measuring, "warm_up", partial(timing.warm_up, window=0.0, most=0.0))
+    _fit(tmp_path, HardwareBenchmark())
+    (record,) = json.loads((tmp_path / "hardware.json").read_text())["measurements"][-1]["records"]
+    assert record["note"] == "its time had not settled after 0 s of warming up"
+    assert record["latency"] is not None
 
 
 @pytest.mark.parametrize("verb", ["validate", "test"])
@@ -242,12 +378,12 @@ def test_a_module_that_says_nothing_of_its_input_is_refused_at_the_start(tmp_pat
 def test_columns_beside_the_accuracy():
     hardware = {"latency_ms_b1": 4.3129, "throughput_b1": 231.0, "peak_memory_mb_b1": 0.07219, "latency_ms_b16": 1234.5}
     table = metrics_table({"top1": 0.5}, "Validation", hardware)
-    assert [column.header for column in table.columns] == ["top1", "ms b1", "ms b16", "MB b1"]
+    assert [column.header for column in table.columns] == ["top1", "ms b1", "ms b16", "tensor MB b1"]
     assert [next(iter(column.cells)) for column in table.columns] == ["0.500", "4.31", "1234", "0.072"]
     table = metrics_table({"AP": 0.5, "mask_AP": 0.4}, "Validation", hardware)
     assert list(table.columns[-1].cells) == ["0.072", ""]
     table = metrics_table({"loss": 0.5}, "Validation", hardware)
-    assert list(table.columns[0].cells) == ["loss", "ms b1", "ms b16", "MB b1"]
+    assert list(table.columns[0].cells) == ["loss", "ms b1", "ms b16", "tensor MB b1"]
 
 
 @pytest.mark.slow
