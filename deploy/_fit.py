@@ -21,6 +21,7 @@ _OUT_OF_MEMORY = (
     "bad_alloc",
 )
 _MORE = 1.5  # kernels take memory of their own, and allocators keep pieces
+_TRIES = 3  # between a batch that fits and one that does not: each makes everything ready once more
 
 
 class PeakOfTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -72,7 +73,7 @@ def _bytes_at(module: nn.Module, inputs: tuple[Tensor, ...]) -> int:
 
 
 def fitting_batch(module: nn.Module, make_inputs: Callable[[int], tuple[Tensor, ...]], asked: int, copies: int) -> int:
-    """The largest of a batch, its half, its quarter, ... that this machine's memory seems to hold.
+    """The largest batch up to what was asked for that this machine's memory seems to hold.
 
     The system ends a process that takes more than there is (Linux) without an error that could be caught, so this is
     told before, from batches of one and two images.
@@ -81,16 +82,40 @@ def fitting_batch(module: nn.Module, make_inputs: Callable[[int], tuple[Tensor, 
         module: The network on the CPU.
         make_inputs: Batch size to what its ``forward`` takes.
         asked: Images that were asked for.
-        copies: Runtimes that keep what they need at the same time.
+        copies: How many runtimes hold what they need at the same time.
     """
     available = available_memory()
     if asked <= 2 or available is None:
         return asked
     one, two = (_bytes_at(module, make_inputs(batch)) for batch in (1, 2))
-    batch = asked
-    while batch > 1 and _MORE * copies * (one + (batch - 1) * (two - one)) > available:
-        batch //= 2
-    return batch
+    more = (available / (_MORE * copies) - one) / max(two - one, 1)
+    return max(1, min(asked, 1 + int(more)))
+
+
+def largest_fitting(asked: int, fits: Callable[[int], bool]) -> int:
+    """The largest batch that fits, as found by trying: by halves until one does, then between it and the last failure.
+
+    Args:
+        asked: Images that were asked for.
+        fits: Tries a batch; its last call, which succeeded, was with the result. A batch of 1 that does not fit is for
+            it to raise.
+
+    Returns:
+        `asked`, or at most an eighth less than could be.
+    """
+    batch, failed = asked, asked
+    while not fits(batch):
+        failed, batch = batch, batch // 2
+    last = batch
+    for _ in range(_TRIES):
+        if failed - batch <= 1:
+            break
+        last = (batch + failed) // 2
+        if fits(last):
+            batch = last
+        else:
+            failed = last
+    return batch if last == batch or fits(batch) else largest_fitting(batch // 2, fits)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

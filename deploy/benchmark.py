@@ -10,19 +10,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from effvit.deploy._fit import fitting_batch, is_out_of_memory
-from effvit.deploy.environment import environment
+from effvit.deploy._fit import fitting_batch, is_out_of_memory, largest_fitting
+from effvit.deploy.environment import allocator, environment
 from effvit.deploy.flops import count_macs
 from effvit.deploy.memory import peak_memories, peak_on_gpu
 from effvit.deploy.parts import time_parts
 from effvit.deploy.records import Ratio, Record, Report, Statistics, Subject
 from effvit.deploy.runtimes import RUNTIMES, Agreement, Prepared, Setting, check, compare, prepare, require
 from effvit.deploy.statistics import ratio, summarise
-from effvit.deploy.timing import ROUNDS, SECONDS, time_in_rounds, warm_up
+from effvit.deploy.timing import ROUNDS, SECONDS, pinned, time_in_rounds, true_float32, warm_up
 from effvit.errors import ConfigError, ExportError
 
 Progress = Callable[[str], None]
@@ -73,12 +74,13 @@ def benchmark(
 
     At each batch size everything is made ready, checked against eager's outputs, warmed up until its time has settled,
     and then timed in the same rounds, networks beside each other too: ratios between any two records of one batch size
-    are of the same rounds. A batch that does not fit into memory is halved until it does; a network that a runtime
-    cannot take has a record that says why.
+    are of the same rounds. Of a batch that does not fit into memory a smaller one is measured, about the largest that
+    does; a network that a runtime cannot take has a record that says why. On a GPU ``fp32`` is float32 everywhere,
+    never TF32.
 
     Args:
         subjects: Networks, each with a name of its own.
-        runtimes: Names, see ``effvit.deploy.runtimes``; the first is what the speed-up is against.
+        runtimes: Names, see ``effvit.deploy.runtimes``; speed-ups are against the first, where it has a time.
         batches: Images in a batch.
         precisions: ``fp32``, ``bf16``, ``fp16``, ``int8``; a runtime without one of them has a record that says so.
         device: ``cpu`` or ``cuda``.
@@ -97,9 +99,11 @@ def benchmark(
     settings = _settings(subjects, runtimes, precisions, Setting(device=device, threads=threads))
     _check_numbers(batches, rounds, seconds)
     say = progress or (lambda _: None)
-    surroundings = environment(device, threads)
     records: dict[str, list[Record]] = {subject.name: [] for subject in subjects}
-    with _pinned(threads), _kept(folder) as files:
+    with pinned(threads), true_float32(), _kept(folder) as files:
+        surroundings = environment(device, threads)
+        if memory and device == "cpu":
+            surroundings["allocator_of_memory"] = allocator()  # of fresh processes, see effvit.deploy.memory
         for batch in batches:
             cases = [_make_ready(subject, batch, settings, files, say) for subject in subjects]
             _time(cases, device, rounds, seconds, say)
@@ -154,10 +158,8 @@ def _make_ready(
     """Prepares and checks all variants, at the largest batch that fits."""
     say(f"{subject.name}, batch {asked}: counting")
     case = _Case(subject, asked, count_macs(subject.module, *subject.make_inputs(1)))
-    batch = asked
-    if settings[0][1].device == "cpu":
-        batch = fitting_batch(subject.module, subject.make_inputs, asked, len(settings))
-    while True:
+
+    def fits(batch: int) -> bool:
         try:
             _prepare_all(case, batch, settings, files, say)
         except Exception as error:
@@ -166,11 +168,26 @@ def _make_ready(
             if batch == 1:
                 raise ConfigError(f"{subject.name} does not fit into memory, not even a batch of 1: {error}") from error
         else:
-            return case
+            return True
         case.variants, case.inputs = [], ()  # after the except clause: the error holds what its frames held
         _release(settings[0][1].device)
-        say(f"{subject.name}: batch {batch} does not fit into memory, trying {batch // 2}")
-        batch //= 2
+        say(f"{subject.name}: batch {batch} does not fit into memory")
+        return False
+
+    likely = asked
+    if settings[0][1].device == "cpu":
+        likely = fitting_batch(subject.module, subject.make_inputs, asked, _held_at_once(settings))
+    largest_fitting(likely, fits)
+    return case
+
+
+def _held_at_once(settings: Sequence[tuple[str, Setting]]) -> int:
+    """How many runtimes hold the memory of a pass at one time: those with memory of their own, and the one that runs.
+
+    torch's runtimes give back between passes what they need.
+    """
+    keeping = sum(bool(RUNTIMES[runtime].modules) for runtime, _ in settings)
+    return keeping + (keeping < len(settings))
 
 
 def _prepare_all(case: _Case, batch: int, settings: Sequence[tuple[str, Setting]], files: Path, say: Progress) -> None:
@@ -187,7 +204,7 @@ def _prepare_all(case: _Case, batch: int, settings: Sequence[tuple[str, Setting]
         if batch < case.asked:
             variant.notes.append(f"batch {case.asked} does not fit into memory, {batch} does")
         case.variants.append(variant)
-        if (runtime, setting.precision) == ("eager", "fp32"):
+        if _is_plain(variant):
             variant.prepared, variant.prepare_seconds = eager, eager.seconds
             variant.agreement = compare(expected, expected, eager.names)
         else:
@@ -207,49 +224,103 @@ def _prepare(variant: _Variant, case: _Case, expected: list[Tensor], names: Sequ
             raise
         variant.notes.append(str(error))
         return
-    variant.agreement = compare(prepared.outputs(), expected, names, setting.precision)
-    check(variant.agreement, f"{case.subject.name} in {variant.runtime}", setting.precision, setting.device)
+    who = f"{case.subject.name} in {variant.runtime}"
+    found = prepared.outputs()
+    try:
+        variant.agreement = compare(found, expected, names, setting.precision)
+    except ExportError as error:
+        raise ExportError(f"{who} ({setting.precision}) differs from eager: {error}") from error
+    check(variant.agreement, who, setting.precision)
     variant.prepared, variant.prepare_seconds = prepared, prepared.seconds
+    if prepared.note:
+        variant.notes.append(prepared.note)
+
+
+class _MemoryRanOutError(Exception):
+    """A variant, by its number, took more memory than there is."""
+
+
+@contextlib.contextmanager
+def _may_run_out(variant: _Variant, doing: str) -> Iterator[None]:
+    """A lack of memory becomes a note."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        variant.notes.append(f"memory ran out while {doing}")
 
 
 def _time(cases: Sequence[_Case], device: str, rounds: int, seconds: float, say: Progress) -> None:
-    """Warms all variants up, times them in the same rounds."""
+    """Warms all variants up, times them in the same rounds; without those that run out of memory."""
     ready = [variant for case in cases for variant in case.variants if variant.prepared is not None]
     say(f"warming up {len(ready)} variants")
     calls = {}
     for number, variant in enumerate(ready):
         assert variant.prepared is not None
-        calls[number] = variant.prepared.run
-        warm = warm_up(variant.prepared.run, device)
-        if not warm.stable:
-            variant.notes.append(f"its time had not settled after {warm.seconds:.0f} s of warming up")
-    say(f"timing {len(ready)} variants in {rounds} rounds")
-    for number, own in time_in_rounds(calls, device, rounds=rounds, seconds=seconds).items():
+        with _may_run_out(variant, "warming up"):
+            warm = warm_up(variant.prepared.run, device)
+            calls[number] = _told(number, variant.prepared.run)
+            if not warm.stable:
+                variant.notes.append(f"its time had not settled after {warm.seconds:.0f} s of warming up")
+        if number not in calls:
+            variant.prepared = None
+            _release(device)
+    found = None
+    while found is None:
+        say(f"timing {len(calls)} variants in {rounds} rounds")
+        try:
+            found = time_in_rounds(calls, device, rounds=rounds, seconds=seconds)
+        except _MemoryRanOutError as error:
+            (number,) = error.args
+            ready[number].notes.append("memory ran out while timing")
+            ready[number].prepared = None
+            del calls[number]
+        if found is None:
+            _release(device)  # after the except clause: the error holds what its frames held
+    for number, own in found.items():
         ready[number].latency = summarise(own)
+
+
+def _told(number: int, call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call, telling whose it is where it runs out of memory."""
+
+    def run() -> Any:
+        try:
+            return call()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise _MemoryRanOutError(number) from error
+            raise
+
+    return run
 
 
 def _time_parts(cases: Sequence[_Case], device: str, say: Progress) -> None:
     """Times the parts of the networks that have some, in eager."""
     for case in cases:
-        measured = {(variant.runtime, variant.setting.precision) for variant in case.variants}
-        if not case.subject.parts or ("eager", "fp32") not in measured:
+        eager = next((own for own in case.variants if _is_plain(own) and own.latency is not None), None)
+        if not case.subject.parts or eager is None:
             continue
         say(f"{case.subject.name}, batch {case.batch}: parts")
-        module, inputs = case.subject.module, case.inputs
-        if device != "cpu":
-            module, inputs = copy.deepcopy(module).to(device), tuple(tensor.to(device) for tensor in inputs)
-        case.parts = time_parts(module, inputs, case.subject.parts, device=device)
+        with _may_run_out(eager, "timing parts"):
+            module, inputs = case.subject.module, case.inputs
+            if device != "cpu":
+                module, inputs = copy.deepcopy(module).to(device), tuple(tensor.to(device) for tensor in inputs)
+            case.parts = time_parts(module, inputs, case.subject.parts, device=device)
+
+
+def _is_plain(variant: _Variant) -> bool:
+    return (variant.runtime, variant.setting.precision) == ("eager", "fp32")
 
 
 def _measure_memory(cases: Sequence[_Case], device: str, memory: bool, say: Progress) -> None:
     """Measures memory where it is asked for, and lets go of what was prepared."""
     for case in cases:
-        timed = [variant for variant in case.variants if variant.prepared is not None]
-        if memory and device == "cuda":
-            for variant in timed:
-                assert variant.prepared is not None
-                variant.peak = peak_on_gpu(variant.prepared.run, variant.runtime)
-        for variant in timed:
+        for variant in case.variants:
+            if memory and device == "cuda" and variant.prepared is not None and variant.latency is not None:
+                with _may_run_out(variant, "measuring memory"):
+                    variant.peak = peak_on_gpu(variant.prepared.run, variant.runtime)
             variant.prepared = None
     _release(device)
     for case in cases if memory and device != "cuda" else ():
@@ -265,7 +336,7 @@ def _measure_memory(cases: Sequence[_Case], device: str, memory: bool, say: Prog
 
 
 def _records(case: _Case) -> list[Record]:
-    first = next((variant.latency for variant in case.variants if variant.latency is not None), None)
+    first = case.variants[0].latency
     subject = case.subject
     params = sum(parameter.numel() for parameter in subject.module.parameters())
     return [
@@ -287,7 +358,7 @@ def _records(case: _Case) -> list[Record]:
             agreement=variant.agreement.top1 if variant.agreement else None,
             prepare_seconds=variant.prepare_seconds,
             speedup=_speedup(first, variant.latency),
-            parts=case.parts if (variant.runtime, variant.setting.precision) == ("eager", "fp32") else {},
+            parts=case.parts if _is_plain(variant) else {},
             accuracy=subject.accuracy,
             accuracy_name=subject.accuracy_name,
             note="; ".join(variant.notes),
@@ -298,16 +369,6 @@ def _records(case: _Case) -> list[Record]:
 
 def _speedup(first: Statistics | None, own: Statistics | None) -> Ratio | None:
     return None if first is None or own is None else ratio(first.rounds, own.rounds)
-
-
-@contextlib.contextmanager
-def _pinned(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -169,13 +169,14 @@ def _clock() -> float | None:
 
 def _gpu(device: str) -> dict[str, Any]:
     if device != "cuda" or not torch.cuda.is_available():
-        return {"gpu": None, "driver": None, "cuda": None, "cudnn": None}
+        return {"gpu": None, "driver": None, "cuda": None, "cudnn": None, "tf32": None}
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
         "driver": _driver(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "convolutions": torch.backends.cudnn.allow_tf32},
     }
 
 

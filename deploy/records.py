@@ -81,13 +81,14 @@ class Record:
         size: Height and width of an image in pixels.
         latency: Seconds of a batch; ``None`` where the runtime could not be measured.
         throughput: Images a second, of the median.
-        peak_memory: Bytes that running adds to what model and input take; ``None`` where it was not measured.
+        peak_memory: Bytes that running adds to what model and input take, see `effvit.deploy.memory`; ``None`` where it
+            was not measured.
         params: Parameters of the network.
         macs: Multiply-accumulates of one image.
         error: Largest difference from eager, relative to the largest output.
         agreement: Share of images with eager's first choice, in ``[0, 1]``; ``None`` for other outputs than classes.
         prepare_seconds: What conversion or compilation took.
-        speedup: Against the first runtime of the same network and batch.
+        speedup: Against the first runtime asked for, of the same network and batch; ``None`` where that has no latency.
         parts: Median seconds of backbone, pyramid, heads and post-processing of a detector.
         accuracy: What the network reaches, in percent.
         accuracy_name: What that is.

@@ -103,6 +103,21 @@ def pinned(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextlib.contextmanager
+def true_float32() -> Iterator[None]:
+    """Keeps GPUs from rounding float32 to TF32, 11 bits of mantissa, while the context lasts.
+
+    torch does so in convolutions unless told otherwise, other runtimes do not: their times would not be of one work.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
 def _visit(call: Call, device: str, seconds: float) -> list[float]:
     """Seconds of each call, as many as fit."""
     measure = _on_gpu if device == "cuda" else _on_cpu
