@@ -312,9 +312,9 @@ def normalise(
     Returns:
         float32 ``(B, 3, H, W)``. The padding is zeroed after the normalisation, as MMDetection pads.
     """
-    deviation = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    deviation = torch.tensor(std, dtype=torch.float32, device=images.device).view(1, 3, 1, 1)
     scale = 1 / (255 * deviation)
-    shift = torch.tensor(mean, device=images.device).view(1, 3, 1, 1) / deviation
+    shift = torch.tensor(mean, dtype=torch.float32, device=images.device).view(1, 3, 1, 1) / deviation
     result = images.to(torch.float32).mul_(scale).sub_(shift)
     for image, (height, width) in zip(result, sizes or (), strict=sizes is not None):
         image[:, height:].zero_()
