@@ -16,6 +16,7 @@ from effvit.deploy import _fit, timing
 from effvit.deploy import benchmark as engine
 from effvit.deploy._fit import PeakOfTensors, fitting_batch, is_out_of_memory, largest_fitting
 from effvit.deploy.benchmark import benchmark
+from effvit.deploy.environment import allocator
 from effvit.deploy.flops import count_macs
 from effvit.deploy.records import Subject
 from effvit.deploy.runtimes import RUNTIMES, Prepared, Runtime, Setting
@@ -389,11 +390,13 @@ def test_memory_is_measured_of_each_variant_or_noted(monkeypatch):
 
     monkeypatch.setattr(engine, "peak_memories", peak_memories)
     options = {**QUICK, "memory": True}
-    first, second, third = benchmark([make_subject()], runtimes=["eager", "fused", "channels_last"], **options).records
+    report = benchmark([make_subject()], runtimes=["eager", "fused", "channels_last"], **options)
+    first, second, third = report.records
     assert [runtime for runtime, _ in asked] == ["eager", "channels_last"]  # not of what could not be run
     assert first.peak_memory == 1234
     assert "nothing to fuse" in second.note
     assert (third.peak_memory, third.note) == (None, "no process")
+    assert report.environment["allocator_of_memory"] == allocator()
 
 
 def test_converted_files_stay_where_they_are_wanted(add_runtime, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from effvit.deploy import memory
+from effvit.deploy._runtimes_contract import run_once
 from effvit.deploy.memory import measure_here, peak_memories, peak_of, peak_on_gpu
 from effvit.deploy.runtimes import Setting, prepare
 from effvit.errors import ConfigError
@@ -32,6 +33,17 @@ def test_peak_is_what_the_calls_add():
     kept = bytearray(b"x") * 100_000_000  # exists before the calls, and is not counted
     found = peak_of(lambda: (bytearray(b"x") * 50_000_000).count(b"y") + len(kept))
     assert 45e6 < found < 80e6
+
+
+def test_what_a_first_run_has_freed_again_is_not_kept():
+    """Blocks that lie below one that is kept stay in the heap, as pages that nobody uses."""
+    kept = []
+
+    def run():
+        blocks = [torch.ones(16_000) for _ in range(1000)]  # 64 kB each
+        kept.append(blocks.pop())
+
+    assert run_once(run) < 20e6
 
 
 def test_peak_of_a_network_is_its_activations(answers):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -213,3 +215,13 @@ def test_a_network_is_left_without_ranges_after_an_error():
     with pytest.raises(RuntimeError), torch.no_grad():
         profiling._operators(network, (torch.zeros(1, 5, SIDE, SIDE),), blocks, "cpu")
     assert not any(own._forward_hooks or own._forward_pre_hooks for own in network.modules())
+
+
+@pytest.mark.parametrize("level", [None, "3"])
+def test_the_profilers_setting_is_as_before(monkeypatch, level):
+    monkeypatch.delenv("KINETO_LOG_LEVEL", raising=False)
+    if level is not None:
+        monkeypatch.setenv("KINETO_LOG_LEVEL", level)
+    with profiling._quiet():
+        assert os.environ["KINETO_LOG_LEVEL"] == (level or "99")
+    assert os.environ.get("KINETO_LOG_LEVEL") == level
