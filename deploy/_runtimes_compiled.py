@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +16,11 @@ from effvit.deploy._formats_source import quiet
 from effvit.deploy._runtimes_contract import Prepared, Setting, converting, copied
 from effvit.deploy._runtimes_files import fingerprint, kept_in
 from effvit.deploy._runtimes_torch import placed, ready
-from effvit.errors import ConfigError
 
-_COMPILERS = {"win32": "cl", "darwin": "clang++"}
 # Weights become constants: they are packed for their convolutions, and what is made of them alone is made once.
 _OPTIONS: dict[str, Any] = {"freezing": True}
 _MANY = 10_000
-
-
-def check_compiler(setting: Setting) -> None:
-    """Refuses where torch's compiler has no C++ compiler.
-
-    Raises:
-        ConfigError: None is found.
-    """
-    del setting
-    compiler = os.environ.get("CXX") or _COMPILERS.get(sys.platform, "g++")
-    if shutil.which(compiler) is None:
-        raise ConfigError(
-            f"torch's compiler needs a C++ compiler, and there is no {compiler!r} here. Install one (on Debian: apt "
-            "install g++), or name yours in the environment variable CXX."
-        )
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def compiled(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:
@@ -55,7 +36,7 @@ def compiled(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) ->
     # Not as options of torch.compile: those reach the backend alone, and weights would stay inputs of the graph.
     frozen = torch._inductor.config.patch(_OPTIONS)  # noqa: SLF001
     with quiet(), _cache(setting.folder), limits, frozen, converting(module, "torch.compile"):
-        return ready(torch.compile(network, dynamic=False), inputs, warm=2)
+        return ready(torch.compile(network, dynamic=False), inputs, setting, warm=2)
 
 
 def pt2(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:
@@ -76,7 +57,7 @@ def pt2(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prep
                 )
                 Path(written).rename(unfinished)
         package = torch._inductor.aoti_load_package(str(path))  # noqa: SLF001
-        return ready(package, inputs, warm=2)
+        return ready(package, inputs, setting, warm=2)
 
 
 @contextlib.contextmanager
@@ -88,5 +69,12 @@ def _cache(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    with patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}):
+    before = os.environ.get(_CACHE)
+    os.environ[_CACHE] = str(folder / "inductor")
+    try:
         yield
+    finally:
+        if before is None:
+            del os.environ[_CACHE]
+        else:
+            os.environ[_CACHE] = before

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effvit.deploy._fit import is_out_of_memory
 from effvit.deploy.environment import resident_memory, trim_memory
 from effvit.errors import ConfigError, EffvitError, ExportError
 
@@ -24,7 +25,8 @@ class Setting:
 
     Attributes:
         device: ``cpu`` or ``cuda``.
-        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``.
+        precision: ``fp32``, ``bf16``, ``fp16`` or ``int8``. ``bf16`` and ``fp16`` of torch's runtimes are autocast;
+            ``fp32`` on a GPU is float32, never TF32.
         threads: Threads of one forward pass.
         folder: Where converted files are kept and found again; ``None`` keeps none.
     """
@@ -47,6 +49,7 @@ class Prepared:
         names: What those tensors are called, once `outputs` has been called: by the network's ``output_names`` where it
             has them, otherwise by keys such as ``c4`` or positions.
         kept: Bytes that the first run took and did not give back; peak memory counts them.
+        note: What whoever reads its time has to know.
     """
 
     run: Callable[[], Any]
@@ -54,6 +57,7 @@ class Prepared:
     seconds: float = 0.0
     names: list[str] = field(default_factory=list)
     kept: int = 0
+    note: str = ""
 
 
 Prepare = Callable[[nn.Module, tuple[Tensor, ...], Setting], Prepared]
@@ -209,10 +213,10 @@ def converting(module: nn.Module, target: str) -> Iterator[None]:
     """
     try:
         yield
-    except (EffvitError, MemoryError, torch.OutOfMemoryError):
+    except EffvitError:
         raise
     except Exception as error:
-        if "can't allocate memory" in str(error):  # torch's allocator on the CPU raises a plain RuntimeError
+        if is_out_of_memory(error):
             raise
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ExportError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effvit.deploy._installed import has_bf16
 from effvit.deploy._runtimes_contract import Prepared, Setting, converting, prepared, run_once
 from effvit.deploy._runtimes_files import as_array
 from effvit.deploy._runtimes_onnx import PREFIX, named_inputs, onnx_file
@@ -16,26 +17,17 @@ from effvit.errors import ConfigError
 _HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}
 
 
-def check_openvino(setting: Setting) -> None:
-    """Refuses bf16 on a processor without it, where OpenVINO would silently run in float32.
-
-    Raises:
-        ConfigError: The processor has no bf16.
-    """
-    from openvino import Core
-
-    if setting.precision == "bf16" and "BF16" not in Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        raise ConfigError("OpenVINO has no bf16 on this processor. Use fp32 or int8.")
-
-
 def openvino(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:
     """The network in OpenVINO.
 
     Raises:
+        ConfigError: bf16 on a processor without it, where OpenVINO would silently run in float32.
         ExportError: The network cannot be converted.
     """
     from openvino import Core
 
+    if setting.precision == "bf16" and not has_bf16():
+        raise ConfigError("OpenVINO has no bf16 on this processor, which has no bf16 instructions. Use fp32 or int8.")
     properties = {
         "INFERENCE_NUM_THREADS": setting.threads,
         "NUM_STREAMS": "1",
@@ -50,7 +42,7 @@ def openvino(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) ->
     names = [port.get_any_name().removeprefix(PREFIX) for port in compiled.outputs]
 
     def run() -> Any:
-        request.infer(arrays, share_inputs=True)
+        request.infer(arrays, share_inputs=True, share_outputs=True)  # or each call would copy them
         return request
 
     def named(done: Any) -> dict[str, Tensor]:

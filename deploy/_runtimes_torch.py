@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from effvit.deploy._formats_source import quiet
 from effvit.deploy._runtimes_contract import (
@@ -21,6 +23,7 @@ from effvit.deploy._runtimes_contract import (
     flatten,
     prepared,
 )
+from effvit.deploy.timing import true_float32
 from effvit.errors import ConfigError
 
 
@@ -43,43 +46,61 @@ def placed(
 ) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Network and inputs on the device, in the precision and the memory format.
 
-    Lower precision converts the whole network, which is fastest, where all its inputs are floats. A network with others
-    (images as bytes, sizes) makes floats itself, and needs some of them exact, such as coordinates of boxes: it runs
-    under autocast.
+    Lower precision is autocast: as the papers measured on GPUs, and as networks with bytes or sizes as inputs need,
+    which make floats themselves and some of them exact, such as coordinates of boxes.
 
     Args:
         module: May be changed.
-        inputs: Stay as they are.
+        inputs: Stay as they are, and are shared with whatever else is prepared on them.
         setting: Device and precision.
         channels_last: Whether maps and convolution weights lie channels-last.
     """
     dtype = TYPES[setting.precision]
     module = module.to(setting.device)
-    inputs = tuple(tensor.detach().to(setting.device, copy=True) for tensor in inputs)
-    if dtype != torch.float32:
-        if all(tensor.is_floating_point() for tensor in inputs):
-            module, inputs = module.to(dtype), tuple(tensor.to(dtype) for tensor in inputs)
-        else:
-            module = _Autocast(module, setting.device, dtype)
     if channels_last:
         module = module.to(memory_format=torch.channels_last)
-        inputs = tuple(
-            tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor for tensor in inputs
-        )
-    return module, inputs
+    if dtype != torch.float32:
+        module = _Autocast(module, setting.device, dtype)
+    return module, tuple(_placed(tensor, setting.device, channels_last and tensor.ndim == 4) for tensor in inputs)
 
 
-def ready(call: Callable[..., Any], inputs: tuple[Tensor, ...], *, warm: int = 1) -> Prepared:
+#: Copies of inputs that are in use, by device, memory format and how often the input had been changed by then.
+_Copies = dict[tuple[str, bool, int], TensorWeakRef]
+_COPIES: MutableMapping[Tensor, _Copies] = WeakTensorKeyDictionary()
+
+
+def _placed(tensor: Tensor, device: str, channels_last: bool) -> Tensor:
+    """The tensor there, not once more where it is already."""
+    copies = _COPIES.setdefault(tensor, {})
+    key = device, channels_last, 0 if tensor.is_inference() else tensor._version  # noqa: SLF001
+    known: Tensor | None = copies[key]() if key in copies else None
+    if known is not None:
+        return known
+    found = tensor.detach().to(device)
+    if channels_last:
+        found = found.contiguous(memory_format=torch.channels_last)
+    copies[key] = TensorWeakRef(found)
+    return found
+
+
+def _exact(setting: Setting) -> contextlib.AbstractContextManager[None]:
+    """On a GPU, fp32 is no TF32."""
+    on_gpu = (setting.device, setting.precision) == ("cuda", "fp32")
+    return true_float32() if on_gpu else contextlib.nullcontext()
+
+
+def ready(call: Callable[..., Any], inputs: tuple[Tensor, ...], setting: Setting, *, warm: int = 1) -> Prepared:
     """What runs `call` on `inputs`, once it has done so.
 
     Args:
         call: The network.
         inputs: Where it is.
+        setting: Its device and precision.
         warm: Runs until it is as fast as it gets.
     """
 
     def run() -> Any:
-        with evaluating():
+        with evaluating(), _exact(setting):
             return call(*inputs)
 
     for _ in range(warm):
@@ -91,12 +112,12 @@ def eager(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Pr
     """The network as it is."""
     if setting.device != "cpu" or setting.precision != "fp32":
         module = copied(module, fused=False)
-    return ready(*placed(module, inputs, setting, channels_last=False))
+    return ready(*placed(module, inputs, setting, channels_last=False), setting)
 
 
 def channels_last(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:
     """The network with channels-last maps."""
-    return ready(*placed(copied(module, fused=False), inputs, setting, channels_last=True))
+    return ready(*placed(copied(module, fused=False), inputs, setting, channels_last=True), setting)
 
 
 def fused(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:
@@ -110,7 +131,7 @@ def fused(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Pr
             f"{type(module).__name__} has nothing to fuse: neither it nor a part of it has a fuse() method. "
             "Use the runtime 'channels_last'."
         )
-    return ready(*placed(copied(module, fused=True), inputs, setting, channels_last=True))
+    return ready(*placed(copied(module, fused=True), inputs, setting, channels_last=True), setting)
 
 
 def torchscript(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:
@@ -124,5 +145,5 @@ def torchscript(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting)
         names = list(flatten(network(*inputs)))
         traced = torch.jit.trace(Flat(network).eval(), inputs, check_trace=False)  # type: ignore[no-untyped-call]
         frozen = torch.jit.freeze(traced)
-        ran = ready(frozen, inputs, warm=3)  # the first runs profile and optimise
+        ran = ready(frozen, inputs, setting, warm=3)  # the first runs profile and optimise
     return prepared(ran.run, lambda outputs: dict(zip(names, outputs, strict=True)))

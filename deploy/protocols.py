@@ -53,7 +53,7 @@ class Protocol:
         device: ``cpu`` or ``cuda``.
         batch: Images in a batch; where they do not fit, the largest power of two that does.
         threads: Threads on a CPU.
-        precision: ``fp32``, ``fp16`` or ``bf16``.
+        precision: ``fp32``, ``fp16`` or ``bf16``; the lower ones are autocast, as in the authors' script.
         runtime: The authors' own; it is measured first.
         beside: Runtimes that are measured for comparison.
         unit: Of `Entry.published`: ``img/s`` or ``ms``.

@@ -11,11 +11,21 @@ from torch import nn
 
 from effvit.backbones import create_classifier
 from effvit.backbones._windows import ShapeCache
-from effvit.deploy import _runtimes_compiled, _runtimes_onnx
+from effvit.deploy import _installed, _runtimes_compiled, _runtimes_onnx, _runtimes_openvino
 from effvit.deploy._detections import Matched
 from effvit.deploy._runtimes_contract import converting, copied, flatten
 from effvit.deploy._runtimes_files import fingerprint
-from effvit.deploy.runtimes import RUNTIMES, TOLERANCES, Agreement, Setting, check, compare, prepare, require
+from effvit.deploy.runtimes import (
+    RUNTIMES,
+    TOLERANCES,
+    Agreement,
+    Setting,
+    check,
+    compare,
+    is_installed,
+    prepare,
+    require,
+)
 from effvit.errors import ConfigError, ExportError
 
 PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
@@ -153,15 +163,52 @@ def test_many_networks_of_one_class_are_all_compiled(monkeypatch):
 
 
 @pytest.mark.parametrize("runtime", ["eager", "channels_last", "torchscript"])
-def test_whole_networks_of_floats_run_in_bf16(runtime):
-    network, images = seeded(Block()), torch.rand(2, 3, 16, 16)
-    ready = prepare(network, (images,), runtime, Setting(precision="bf16"))
-    assert ready.names == []
-    (found,) = ready.outputs()
-    assert found.dtype == torch.float32
-    assert torch.equal(found, found.bfloat16().float())
-    check(compare([found], [network(images)]), runtime, "bf16")
+def test_lower_precision_is_autocast_whatever_the_inputs(runtime):
+    class Both(Block):
+        def forward(self, images):
+            images = images.float() / 255
+            return super().forward(images), images * 3
+
+    network, images = seeded(Both()), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    found = [prepare(network, (own,), runtime, Setting(precision="bf16")).outputs() for own in (images, images.float())]
+    for maps, scaled in found:
+        assert torch.equal(maps, maps.bfloat16().float())
+        assert torch.equal(scaled, images.float() / 255 * 3), "what autocast leaves in float32 is exact"
+        check(compare([maps], [network(images)[0]]), runtime, "bf16")
+    assert torch.equal(found[0][0], found[1][0])
     assert network.conv.weight.dtype == torch.float32
+
+
+def test_inputs_are_shared_by_what_is_prepared_on_them(monkeypatch):
+    seen = []
+
+    class Seeing(Block):
+        def forward(self, images):
+            seen.append(images)
+            return super().forward(images)
+
+    network, images = seeded(Seeing()), torch.rand(2, 3, 8, 8)
+    first, second = (prepare(network, (images,), "channels_last", Setting(precision=name)) for name in ("fp32", "bf16"))
+    one, two = seen
+    assert one is two
+    assert one.is_contiguous(memory_format=torch.channels_last)
+    images.zero_()
+    third = prepare(network, (images,), "channels_last", Setting())
+    assert seen[-1] is not one, "a copy of what the input was before"
+    assert not seen[-1].any()
+    prepare(network, (images,), "eager", Setting())
+    assert seen[-1].data_ptr() == images.data_ptr()
+    assert all(ready.outputs() for ready in (first, second, third))
+
+
+def test_fp32_on_a_gpu_is_no_tf32(monkeypatch):
+    from effvit.deploy._runtimes_torch import _exact
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    for device, precision, allowed in (("cuda", "fp32", False), ("cuda", "fp16", True), ("cpu", "fp32", True)):
+        with _exact(Setting(device, precision)):
+            assert torch.backends.cudnn.allow_tf32 == allowed
+        assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(
@@ -288,7 +335,8 @@ def test_no_chatter(tiny, inputs, capfd):
 def test_a_network_of_one_type_alone_says_so_in_another():
     class Stubborn(Block):
         def forward(self, images):
-            return super().forward(images.float())
+            maps = super().forward(images)
+            return torch.zeros(maps.shape).scatter(1, torch.zeros(maps.shape, dtype=torch.long), maps)
 
     network, images = seeded(Stubborn()), torch.rand(1, 3, 8, 8)
     with pytest.raises(ExportError, match="Stubborn cannot be converted for eager in bf16"):
@@ -336,9 +384,9 @@ def test_unknown_runtimes_and_precisions(tiny, inputs):
 
 @pytest.mark.parametrize(("runtime", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
 def test_a_missing_package_names_the_extra(runtime, package, monkeypatch):
-    from effvit.deploy import runtimes
-
-    monkeypatch.setattr(runtimes, "find_spec", lambda name: None if name == package else object())
+    assert is_installed("eager")
+    monkeypatch.setattr(_installed, "find_spec", lambda name: None if name == package else object())
+    assert not is_installed(runtime)
     with pytest.raises(ConfigError, match=rf"needs {package}, .* pip install \"effvit\[{runtime}\]\""):
         require(runtime, Setting())
 
@@ -358,11 +406,33 @@ def test_onnx_runtime_without_cuda(monkeypatch):
         require("onnx", Setting(device="cuda"))
 
 
-def test_openvino_without_bf16(monkeypatch):
-    openvino = pytest.importorskip("openvino")
-    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
-    with pytest.raises(ConfigError, match="no bf16 on this processor"):
-        require("openvino", Setting(precision="bf16"))
+@pytest.mark.parametrize(
+    ("flags", "has"),
+    [
+        ("flags : fpu avx512f avx512_bf16", True),
+        ("Features : fp asimd bf16", True),
+        ("flags : avx512f avx512_vnni", False),
+    ],
+)
+def test_bf16_without_its_instructions_is_noted(tiny, inputs, flags, has, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text(flags, encoding="utf-8")
+    monkeypatch.setattr(_installed, "_CPUINFO", tmp_path / "cpuinfo")
+    note = prepare(tiny, inputs, "eager", Setting(precision="bf16")).note
+    assert note == ("" if has else "this processor has no bf16 instructions: emulated")
+    assert prepare(tiny, inputs, "eager", Setting()).note == ""
+
+
+def test_what_no_system_tells_about_bf16_is_not_noted(tiny, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(_installed, "_CPUINFO", tmp_path / "none")
+    assert prepare(tiny, inputs, "eager", Setting(precision="bf16")).note == ""
+
+
+def test_openvino_without_bf16_instructions(tiny, inputs, monkeypatch):
+    needs("openvino")
+    monkeypatch.setattr(_runtimes_openvino, "has_bf16", lambda: False)
+    require("openvino", Setting(precision="bf16"))  # no reason to end everything else that is to be measured
+    with pytest.raises(ConfigError, match="OpenVINO has no bf16 on this processor"):
+        prepare(tiny, inputs, "openvino", Setting(precision="bf16"))
 
 
 @pytest.mark.parametrize("runtime", COMPILED)
@@ -512,5 +582,5 @@ def test_outputs_on_a_gpu_are_eagers(tiny, inputs, expected, runtime, precision)
     ready.run()
     found = ready.outputs()
     assert all(tensor.device.type == "cpu" for tensor in found)
-    check(compare(found, expected, ready.names), runtime, precision, "cuda")
+    check(compare(found, expected, ready.names), runtime, precision)
     assert all(parameter.device.type == "cpu" for parameter in tiny.parameters())
