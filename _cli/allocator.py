@@ -19,8 +19,12 @@ _LARGEST_INT = 2**31 - 1
 _TOP_PAD = 64 * 2**20
 
 
+#: Where records of measurements find what is in force.
+_VARIABLE = "EFFVIT_ALLOCATOR"
+
+
 def tune_allocator(choice: str) -> str:
-    """Applies ``tuned`` or leaves ``default``.
+    """Applies ``tuned`` or leaves ``default``, and notes it for the records of measurements in this process.
 
     Args:
         choice: ``tuned`` or ``default``.
@@ -28,6 +32,11 @@ def tune_allocator(choice: str) -> str:
     Returns:
         What is in force and why, one line for the run's log.
     """
+    os.environ[_VARIABLE] = in_force = _apply(choice)
+    return in_force
+
+
+def _apply(choice: str) -> str:
     if choice == "default":
         return "default (asked for)"
     if not sys.platform.startswith("linux"):

@@ -56,7 +56,7 @@ def benchmark(words: Sequence[str]) -> int:
     own = _parser().parse_args(list(words))
     if own.list:
         return _print_lists()
-    own.allocator = tune_allocator(own.allocator)
+    tune_allocator(own.allocator)
     _refuse_contradictions(own)
     if own.protocol is not None:
         return _run_protocol(own, words)
@@ -192,8 +192,7 @@ def _measure(
         memory=not own.no_memory,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    environment = {**report.environment, "allocator": own.allocator}
-    return replace(report, environment=environment, command=_command(words))
+    return replace(report, command=_command(words))
 
 
 def _command(words: Sequence[str]) -> str:

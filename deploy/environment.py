@@ -45,7 +45,7 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
         "device": device,
         "threads": threads,
-        "allocator": allocator(),
+        "allocator": allocator(os.environ.get("EFFVIT_ALLOCATOR")),  # the command line's note
         "load_before": load(),
     }
 
@@ -59,11 +59,15 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def allocator() -> str:
-    """The C library and what of the environment tunes its allocator."""
+def allocator(in_force: str | None = None) -> str:
+    """The C library, and what tunes its allocator.
+
+    Args:
+        in_force: What this process has set; ``None`` for what a fresh one gets from the environment.
+    """
     settings = [f"{name}={os.environ[name]}" for name in _ALLOCATOR_SETTINGS if os.environ.get(name)]
     library = " ".join(platform.libc_ver()).strip() or platform.system()
-    return f"{library}, " + (" ".join(settings) if settings else "default settings")
+    return f"{library}, " + (in_force or " ".join(settings) or "default settings")
 
 
 def load() -> list[float] | None:
