@@ -297,6 +297,12 @@ def test_only_runtimes_with_memory_of_their_own_hold_it(runtimes, held):
     assert engine._held_at_once([(runtime, Setting()) for runtime in runtimes]) == held
 
 
+def test_what_a_runtime_says_of_itself_is_noted(add_runtime):
+    add_runtime("odd", lambda *given: replace(as_eager(*given), note="emulated"))
+    first, second = benchmark([make_subject()], runtimes=["eager", "odd"], **QUICK).records
+    assert (first.note, second.note) == ("", "emulated")
+
+
 def test_outputs_of_another_shape_name_network_and_runtime(add_runtime):
     def prepare(module, inputs, setting):
         found = as_eager(module, inputs, setting)
