@@ -210,7 +210,10 @@ def _batches(
     module: Deployable, samples: Sequence[tuple[Tensor, ...]], size: tuple[int, int], batch: int | None
 ) -> list[tuple[Tensor, ...]]:
     """Samples put together to batches that the file takes; the last is filled up by beginning again."""
-    samples = samples or [module.example_inputs(1, size) for _ in range(batch or sum(_CHECKED_BATCHES))]
+    if not samples:
+        number = batch or sum(_CHECKED_BATCHES)
+        noise = module.example_inputs(number, size)  # at once: it is the same at each call
+        samples = [tuple(tensor[one : one + 1] for tensor in noise) for one in range(number)]
     sizes = _CHECKED_BATCHES if batch is None else (batch,)
     batches: list[tuple[Tensor, ...]] = []
     taken = 0

@@ -141,7 +141,7 @@ def test_real_images_are_compared_in_batches_of_the_file(stand_ins, tmp_path, mo
     samples = [(torch.full((1, 3, *SIZE), shade, dtype=torch.uint8),) for shade in range(0, 250, 50)]
     done = export(module, "torchscript", tmp_path / "a.torchscript", size=SIZE, batch=2, samples=samples)
     assert seen == [2, 2, 2]
-    assert done.parity.images == 6
+    assert done.parity.images == 5  # the one that fills up the last batch is known
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1, [1, 3]), (4, [1, 3]), (5, [1, 3, 1]), (9, [1, 3, 1, 3, 1])])
