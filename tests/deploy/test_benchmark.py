@@ -303,6 +303,20 @@ def test_what_a_runtime_says_of_itself_is_noted(add_runtime):
     assert (first.note, second.note) == ("", "emulated")
 
 
+def test_a_precision_that_is_too_coarse_is_not_timed_but_the_others_are(add_runtime):
+    def prepare(module, inputs, setting):
+        found = as_eager(module, inputs, setting)
+        return replace(
+            found, outputs=lambda: [2 * (setting.precision != "fp32") * found.outputs()[0] + found.outputs()[0]]
+        )
+
+    add_runtime("coarse", prepare, ("fp32", "int8"))
+    fine, coarse = benchmark([make_subject()], runtimes=["coarse"], precisions=["fp32", "int8"], **QUICK).records
+    assert fine.latency is not None
+    assert (coarse.latency, coarse.speedup) == (None, None)
+    assert "(int8) differs from eager" in coarse.note
+
+
 def test_outputs_of_another_shape_name_network_and_runtime(add_runtime):
     def prepare(module, inputs, setting):
         found = as_eager(module, inputs, setting)
