@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -153,21 +152,15 @@ def _subjects(own: argparse.Namespace, models: Sequence[str]) -> list[Subject]:
 
 
 def _usual_runtimes() -> list[str]:
-    from effvit.deploy.runtimes import RUNTIMES
+    from effvit.deploy.runtimes import RUNTIMES, is_installed
 
     chosen = list(_ALWAYS)
     for name in _WHERE_INSTALLED:
-        if not _is_installed(name):
+        if not is_installed(name):
             print(f'not measured: {name} (pip install "effvit[{RUNTIMES[name].extra}]")', file=sys.stderr)
         else:
             chosen.append(name)
     return chosen
-
-
-def _is_installed(runtime: str) -> bool:
-    from effvit.deploy.runtimes import RUNTIMES
-
-    return all(find_spec(module) is not None for module in RUNTIMES[runtime].modules)
 
 
 def _measure(
@@ -258,6 +251,8 @@ def _run_protocol(own: argparse.Namespace, words: Sequence[str]) -> int:
 
 def _models(protocol: Protocol) -> list[str]:
     """The networks of a protocol, without those of timm where that is not installed."""
+    from importlib.util import find_spec
+
     names = [entry.model for entry in protocol.entries]
     if find_spec("timm") is not None:
         return names
@@ -306,10 +301,10 @@ def _profile(own: argparse.Namespace, subjects: Sequence[Subject], output: Path)
 
 def _print_lists() -> int:
     from effvit.deploy.protocols import PROTOCOLS
-    from effvit.deploy.runtimes import RUNTIMES
+    from effvit.deploy.runtimes import RUNTIMES, is_installed
 
     for name, runtime in RUNTIMES.items():
-        missing = f'  [pip install "effvit[{runtime.extra}]"]' if not _is_installed(name) else ""
+        missing = f'  [pip install "effvit[{runtime.extra}]"]' if not is_installed(name) else ""
         precisions = ", ".join(sorted({one for several in runtime.precisions.values() for one in several}))
         print(f"{name:14}{runtime.description} ({precisions}){missing}")
     print()

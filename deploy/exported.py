@@ -149,6 +149,9 @@ def _read(path: Path) -> tuple[Format, dict[str, Any]]:
 
 
 def _damaged(path: Path, entry: Format, error: Exception) -> ExportError:
+    weights = path.with_suffix(".bin")
+    if entry.name == "openvino" and not weights.is_file():
+        return ExportError(f"{path} has its weights in {weights.name}, which is not beside it: copy both files")
     words = " ".join(str(error).split())[:300]
     return ExportError(f"{path} cannot be opened as {entry.name}, it is damaged or cut off ({words}): export it again")
 

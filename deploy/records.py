@@ -86,7 +86,8 @@ class Record:
         params: Parameters of the network.
         macs: Multiply-accumulates of one image.
         error: Largest difference from eager, relative to the largest output.
-        agreement: Share of images with eager's first choice, in ``[0, 1]``; ``None`` for other outputs than classes.
+        agreement: Share of images with eager's first choice, in ``[0, 1]``, of those where it leads clearly; ``None``
+            for fewer than eight of them, and for other outputs than classes.
         prepare_seconds: What conversion or compilation took.
         speedup: Against the first runtime asked for, of the same network and batch; ``None`` where that has no latency.
         parts: Median seconds of backbone, pyramid, heads and post-processing of a detector.
