@@ -60,8 +60,7 @@ def benchmark(words: Sequence[str]) -> int:
     if own.protocol is not None:
         return _run_protocol(own, words)
     subjects = _subjects(own, own.models)
-    output = unused(Path("runs") / "benchmark") if own.output is None else own.output
-    make_folder(output)
+    output = _output(own.output, "benchmark")
     if own.profile:
         return _profile(own, subjects, output)
     runtimes = own.runtimes or _usual_runtimes()
@@ -97,6 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (runs/benchmark)")
     parser.add_argument("--allocator", choices=("tuned", "default"), default="default", help="see effvit fit --help")
     return parser
+
+
+def _output(asked: Path | None, name: str) -> Path:
+    """The folder of the results; one that was asked for is made at once, so that no work is lost on it."""
+    if asked is None:
+        return unused(Path("runs") / name)  # made when there is something to write: a typo leaves no empty folder
+    make_folder(asked)
+    return asked
 
 
 def _refuse_contradictions(own: argparse.Namespace) -> None:
@@ -222,8 +229,7 @@ def _run_protocol(own: argparse.Namespace, words: Sequence[str]) -> int:
     from effvit.deploy.reports import protocol_markdown
 
     protocol = find_protocol(own.protocol)
-    output = own.output or unused(Path("runs") / protocol.name)
-    make_folder(output)
+    output = _output(own.output, protocol.name)
     departures: list[str] = []
     if protocol.name == "mobile":
         from effvit._cli.mobile import measure_mobile

@@ -67,7 +67,7 @@ def allocator(in_force: str | None = None) -> str:
     """
     settings = [f"{name}={os.environ[name]}" for name in _ALLOCATOR_SETTINGS if os.environ.get(name)]
     library = " ".join(platform.libc_ver()).strip() or platform.system()
-    return f"{library}, " + (in_force or " ".join(settings) or "default settings")
+    return f"{library}, " + (" ".join(settings) or in_force or "default settings")
 
 
 def load() -> list[float] | None:
