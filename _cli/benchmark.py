@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from effvit._cli.allocator import tune_allocator
 from effvit._cli.launch import make_folder, unused
-from effvit._cli.subjects import KINDS, checkpoint_subject, file_name, image_size, named_subject, parse_spec
+from effvit._cli.subjects import KINDS, checkpoint_subject, image_size, named_subject, parse_spec
 from effvit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -285,6 +285,7 @@ def _departures(own: argparse.Namespace, protocol: Protocol) -> list[str]:
 
 
 def _profile(own: argparse.Namespace, subjects: Sequence[Subject], output: Path) -> int:
+    from effvit.deploy._files import file_name
     from effvit.deploy.pictures import draw_profile
     from effvit.deploy.profiling import profile
     from effvit.deploy.reports import profile_json, profile_markdown

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from effvit._cli.subjects import Spec, file_name
+from effvit._cli.subjects import Spec
 from effvit.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _installed() -> list[Format]:
 
 def _write(spec: Spec, entry: Format, folder: Path) -> _File:
     from effvit.backbones import outline
+    from effvit.deploy._files import file_name
     from effvit.deploy.export import export
     from effvit.deploy.exported import open_exported
     from effvit.tasks import Classification

@@ -83,11 +83,6 @@ def _parse_size(text: str, whole: str) -> tuple[int, int]:
     return image_size([int(side) for side in sides], whole)
 
 
-def file_name(text: str) -> str:
-    """A network as it was written, as a part of a file's name."""
-    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in text)
-
-
 def _option(word: str, whole: str) -> tuple[str, Any]:
     name, equals, value = word.partition("=")
     if not equals:

@@ -20,3 +20,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def file_name(text: str) -> str:
+    """A name as it can stand in that of a file."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in text)

@@ -7,13 +7,12 @@ import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from effvit.deploy._formats_source import METADATA_KEY, Run, Source, graph_of, quiet, warm_up
-from effvit.deploy._static_shapes import StaticShapes
+from effvit.deploy._onnx_trace import session_options, trace_to_onnx
 
 _OPSET = 18  # the oldest that torch's exporter of graphs writes without converting
 
@@ -49,16 +48,8 @@ def _write_graph(source: Source, path: Path) -> None:
 
 def _write_trace(source: Source, path: Path) -> None:
     warm_up(source)
-    with quiet(), torch.no_grad(), StaticShapes():
-        torch.onnx.export(
-            source.module,
-            source.inputs,
-            path,
-            input_names=list(source.input_names),
-            output_names=list(source.output_names),
-            opset_version=_OPSET,
-            dynamo=False,
-        )
+    with quiet():
+        trace_to_onnx(source.module, source.inputs, path, source.input_names, source.output_names, _OPSET)
 
 
 def attach_onnx(path: Path, text: str) -> None:
@@ -74,7 +65,7 @@ def metadata_of_onnx(path: Path) -> str | None:
     """What `attach_onnx` has put there."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, _session_options(1), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, session_options(1), providers=["CPUExecutionProvider"])
     found: str | None = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     return found
 
@@ -83,7 +74,7 @@ def open_onnx(path: Path, threads: int | None) -> Run:
     """Loads a file into ONNX Runtime, on the CPU."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, _session_options(threads), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
     names = [entry.name for entry in session.get_inputs()]
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -91,17 +82,6 @@ def open_onnx(path: Path, threads: int | None) -> Run:
         return [torch.from_numpy(array) for array in session.run(None, feed)]
 
     return run
-
-
-def _session_options(threads: int | None) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.inter_op_num_threads = 1
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    return options
 
 
 def write_openvino(source: Source, path: Path, text: str) -> None:

@@ -8,9 +8,6 @@ themselves, and fused forms write in place, which exporters dislike.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +19,9 @@ from torch import Tensor, nn
 
 from effvit.deploy._files import whole_file
 from effvit.deploy._formats_source import quiet
+from effvit.deploy._onnx_trace import session_options, trace_to_onnx
 from effvit.deploy._runtimes_contract import Flat, Prepared, Setting, converting, copied, flatten, prepared, run_once
 from effvit.deploy._runtimes_files import as_array, digest, fingerprint, kept_in
-from effvit.deploy._static_shapes import StaticShapes
 from effvit.errors import ConfigError
 
 # 17: LayerNormalization is one operator from there on.
@@ -61,7 +58,7 @@ def onnx(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Pre
     on_gpu = [("CUDAExecutionProvider", {"use_tf32": "0"})] if setting.device == "cuda" else []
     with onnx_file(module, inputs, setting) as path, converting(module, "ONNX Runtime"):
         providers = [*on_gpu, "CPUExecutionProvider"]
-        session = onnxruntime.InferenceSession(path, _options(setting), providers=providers)
+        session = onnxruntime.InferenceSession(path, session_options(setting.threads), providers=providers)
     if on_gpu and "CUDAExecutionProvider" not in session.get_providers():
         raise ConfigError("ONNX Runtime could not load CUDA: do the versions of CUDA and cuDNN fit it?")
     # On a GPU, inputs and outputs would otherwise be copied there and back in each run.
@@ -86,16 +83,6 @@ def onnx(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Pre
     with converting(module, "ONNX Runtime"):
         kept = run_once(run)
     return prepared(run, named, kept=kept)
-
-
-def _options(setting: Setting) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = setting.threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors
-    return options
 
 
 def named_inputs(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -130,44 +117,10 @@ def onnx_file(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -
 
 def _export(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> None:
     network = copied(module, fused=False)
-    with quiet(), _without_stdout(), _without_fast_path(), converting(module, "ONNX"):
+    with quiet(), converting(module, "ONNX"):
         names = list(flatten(network(*inputs)))  # the first forward also fills timm's caches, which would be traced
-        with StaticShapes():
-            torch.onnx.export(
-                Flat(network),
-                inputs,
-                path,
-                input_names=list(named_inputs(inputs)),
-                output_names=[PREFIX + name for name in names],
-                opset_version=OPSET,
-                dynamo=False,
-            )
-
-
-@contextlib.contextmanager
-def _without_stdout() -> Iterator[None]:
-    """The exporter's compiled part prints the whole graph when it fails; our error says why."""
-    sys.stdout.flush()
-    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        ctypes.CDLL(None).fflush(None)  # what it has printed and not yet written
-        os.dup2(saved, 1)
-        os.close(saved)
-        os.close(nowhere)
-
-
-@contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Torch's multi-head attention is otherwise one operator in eval mode, which exporters do not know."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(value=False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        outputs = [PREFIX + name for name in names]
+        trace_to_onnx(Flat(network), inputs, path, list(named_inputs(inputs)), outputs, OPSET)
 
 
 def _quantise(floats: Path, path: Path, inputs: tuple[Tensor, ...]) -> None:

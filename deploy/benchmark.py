@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effvit.deploy._files import file_name
 from effvit.deploy._fit import fitting_batch, is_out_of_memory, largest_fitting
+from effvit.deploy._runtimes_files import kept_in
 from effvit.deploy.environment import allocator, environment
 from effvit.deploy.flops import count_macs
 from effvit.deploy.memory import peak_memories, peak_on_gpu
@@ -101,7 +101,7 @@ def benchmark(
     _check_numbers(batches, rounds, seconds)
     say = progress or (lambda _: None)
     records: dict[str, list[Record]] = {subject.name: [] for subject in subjects}
-    with pinned(threads), true_float32(), _kept(folder) as files:
+    with pinned(threads), true_float32(), kept_in(folder) as files:
         surroundings = environment(device, threads)
         if memory and device == "cpu":
             surroundings["allocator_of_memory"] = allocator()  # of fresh processes, see effvit.deploy.memory
@@ -197,7 +197,7 @@ def _prepare_all(case: _Case, batch: int, settings: Sequence[tuple[str, Setting]
     base = settings[0][1]
     eager = prepare(case.subject.module, case.inputs, "eager", Setting(base.device, "fp32", base.threads))
     expected = eager.outputs()
-    folder = files / re.sub(r"[^\w.-]+", "_", case.subject.name) / f"batch{batch}"
+    folder = files / file_name(case.subject.name) / f"batch{batch}"
     folder.mkdir(parents=True, exist_ok=True)
     for runtime, setting in settings:
         say(f"{case.subject.name}, batch {batch}: {runtime} {setting.precision}")
@@ -385,15 +385,6 @@ def _records(case: _Case) -> list[Record]:
 
 def _speedup(first: Statistics | None, own: Statistics | None) -> Ratio | None:
     return None if first is None or own is None else ratio(first.rounds, own.rounds)
-
-
-@contextlib.contextmanager
-def _kept(folder: Path | None) -> Iterator[Path]:
-    if folder is not None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="effvit_benchmark_") as name:
-        yield Path(name)
 
 
 def _release(device: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from effvit.deploy import _formats_mobile as mobile
 from effvit.deploy import _formats_onnx as onnx
 from effvit.deploy import _formats_torch as own
 from effvit.deploy._formats_source import Run, Source
+from effvit.deploy._installed import check_compiler, missing
 from effvit.errors import ConfigError, close_matches
 
 _ALL_TASKS = ("classification", "detection")
@@ -180,10 +179,10 @@ def check_installed(entry: Format, modules: tuple[str, ...]) -> None:
     Raises:
         ConfigError: A package is missing.
     """
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if missing:
+    lacking = missing(modules)
+    if lacking:
         raise ConfigError(
-            f"the format {entry.name} needs {' and '.join(missing)}, not installed here: "
+            f"the format {entry.name} needs {' and '.join(lacking)}, not installed here: "
             f'pip install "effvit[{entry.extra}]"'
         )
 
@@ -195,5 +194,5 @@ def check_writable(entry: Format) -> None:
         ConfigError: A package is missing, or the C++ compiler that AOTInductor needs.
     """
     check_installed(entry, entry.modules)
-    if entry.name == "pt2" and not any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl")):
-        raise ConfigError("the format pt2 compiles C++, and no compiler is on the PATH: install g++ or clang++")
+    if entry.name == "pt2":
+        check_compiler()

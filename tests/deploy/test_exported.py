@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 
+from effvit.deploy import _installed
 from effvit.deploy.export import export
 from effvit.deploy.exported import metadata_of, open_exported
 from effvit.deploy.formats import FORMATS
@@ -114,7 +113,7 @@ def test_a_damaged_file_of_openvino(stand_ins, tmp_path):
 
 def test_a_runtime_that_is_not_installed(tmp_path, monkeypatch):
     (tmp_path / "a.onnx").write_bytes(b"")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_installed, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'needs onnxruntime, not installed here: pip install "effvit\[onnx\]"'):
         open_exported(tmp_path / "a.onnx")
 

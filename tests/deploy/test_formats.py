@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
-from effvit.deploy import formats
+from effvit.deploy import _installed
 from effvit.deploy.formats import FORMATS, check_installed, check_writable, format_of
 from effvit.errors import ConfigError
 
@@ -25,7 +24,7 @@ def test_a_file_tells_its_format_by_its_suffix():
 
 
 def test_what_needs_packages_says_which_extra_brings_them(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_installed, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'needs coremltools, not installed here: pip install "effvit\[coreml\]"'):
         check_writable(format_of("coreml"))
     with pytest.raises(ConfigError, match="needs onnxruntime,"):
@@ -34,7 +33,7 @@ def test_what_needs_packages_says_which_extra_brings_them(monkeypatch):
 
 
 def test_pt2_needs_a_compiler(monkeypatch):
-    monkeypatch.setattr(formats.shutil, "which", lambda name: None)
+    monkeypatch.setattr(_installed.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"install g\+\+"):
         check_writable(FORMATS["pt2"])
 
