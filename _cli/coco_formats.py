@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from effvit._cli.coco_rows import BOX_COLUMNS, DETECTOR_TITLES, MASK_COLUMNS, CocoRow
-from effvit._cli.coco_runs import LeftOut, Measured
+from effvit._cli.coco_runs import Measured
+from effvit._cli.table_costs import Cost
+from effvit._cli.table_runs import LeftOut
+from effvit._cli.table_text import (
+    DASH,
+    aligned,
+    as_printed,
+    billions,
+    checkpoint_cell,
+    csv_text,
+    differences,
+    json_text,
+    not_shown,
+    notes,
+    numbers,
+)
 
 _UNITS = (
     "AP in percent, on COCO's 5000 validation images. Parameters in millions, with 80 classes and without the layers "
@@ -18,24 +30,6 @@ _UNITS = (
     "multiply-accumulate is one FLOP, as in the papers; convolutions, linear layers and attention products count. An "
     "R-CNN's box head counts for 1000 regions and its mask head for 100."
 )
-_DASH = "-"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a detector costs.
-
-    Attributes:
-        backbone_params: Parameters of the backbone that the detector reads.
-        params: Those of the whole detector.
-        backbone_macs: Multiply-accumulates of the backbone for one image.
-        macs: Those of the whole detector.
-    """
-
-    backbone_params: int
-    params: int
-    backbone_macs: int
-    macs: int
 
 
 @dataclass(frozen=True)
@@ -52,12 +46,7 @@ class Line:
         published, measured = self.row.published, self.measured
         if published is None or measured is None:
             return [None] * len(BOX_COLUMNS), [None] * len(MASK_COLUMNS)
-        return _differences(measured.box, published.box), _differences(measured.mask, published.mask)
-
-
-def _differences(measured: Sequence[float | None], published: Sequence[float | None]) -> list[float | None]:
-    pairs = zip(measured, published, strict=False)
-    return [None if ours is None or theirs is None else ours - theirs for ours, theirs in pairs]
+        return differences(measured.box, published.box), differences(measured.mask, published.mask)
 
 
 def markdown(lines: Sequence[Line], left_out: Sequence[LeftOut]) -> str:
@@ -67,11 +56,14 @@ def markdown(lines: Sequence[Line], left_out: Sequence[LeftOut]) -> str:
         chosen = [line for line in lines if line.row.detector == detector]
         if chosen:
             height, width = chosen[0].row.image_size
-            parts += [f"## {title}, {width}x{height}\n", *_markdown_table(chosen), "", *_notes(chosen), ""]
-    parts.append(_UNITS)
-    if left_out:
-        parts += ["", "Evaluations that are not in the table:", ""]
-        parts += [f"- {entry.folder}: {entry.reason}" for entry in left_out]
+            parts += [
+                f"## {title}, {width}x{height}\n",
+                *_markdown_table(chosen),
+                "",
+                *notes((line.row.backbone, fact) for line in chosen for fact in _facts(line)),
+                "",
+            ]
+    parts += [_UNITS, *not_shown(left_out)]
     return "\n".join(parts) + "\n"
 
 
@@ -81,15 +73,7 @@ def _markdown_table(lines: Sequence[Line]) -> Iterator[str]:
     head += [f"mask {name.removeprefix('AP') or name}" for name in MASK_COLUMNS] if masks else []
     head += ["checkpoint"]
     body = [cells for line in lines for cells in _markdown_cells(line, masks)]
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    left = {0, head.index("numbers"), len(head) - 1}
-    rule = ["-" * width if i in left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    for cells in (head, rule, *body):
-        padded = [
-            f"{cell:<{width}}" if i in left else f"{cell:>{width}}"
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        yield "| " + " | ".join(padded) + " |"
+    yield from aligned(head, body, ("backbone", "numbers", "checkpoint"))
 
 
 def _markdown_cells(line: Line, masks: bool) -> Iterator[list[str]]:
@@ -99,12 +83,12 @@ def _markdown_cells(line: Line, masks: bool) -> Iterator[list[str]]:
         row.backbone,
         f"{cost.backbone_params / 1e6:.2f}",
         f"{cost.params / 1e6:.2f}",
-        _billions(cost.backbone_macs),
-        _billions(cost.macs),
+        billions(cost.backbone_macs),
+        billions(cost.macs),
         "not published" if published is None else published.by,
-        *_numbers(published.box if published else (), BOX_COLUMNS, _published),
-        *(_numbers(published.mask if published else (), MASK_COLUMNS, _published) if masks else []),
-        _checkpoint(row),
+        *numbers(published.box if published else (), len(BOX_COLUMNS), as_printed),
+        *(numbers(published.mask if published else (), len(MASK_COLUMNS), as_printed) if masks else []),
+        checkpoint_cell(row.checkpoint),
     ]
     if line.measured is None:
         return
@@ -112,35 +96,10 @@ def _markdown_cells(line: Line, masks: bool) -> Iterator[list[str]]:
         ("measured", (line.measured.box, line.measured.mask), "{:.1f}"),
         ("difference", line.differences(), "{:+.1f}"),
     ):
-        cells = _numbers(boxes, BOX_COLUMNS, form.format)
-        cells += _numbers(own_masks, MASK_COLUMNS, form.format) if masks else []
-        if any(cell != _DASH for cell in cells):
+        cells = numbers(boxes, len(BOX_COLUMNS), form.format)
+        cells += numbers(own_masks, len(MASK_COLUMNS), form.format) if masks else []
+        if any(cell != DASH for cell in cells):
             yield ["", "", "", "", "", title, *cells, ""]
-
-
-def _checkpoint(row: CocoRow) -> str:
-    if row.checkpoint is None:
-        return "none"
-    return "file" if row.checkpoint.endswith((".pt", ".pth")) else "folder"
-
-
-def _published(value: float) -> str:
-    """With the decimals that it was published with, one or two."""
-    return f"{value:.1f}" if round(value, 1) == value else f"{value:.2f}"
-
-
-def _numbers(values: Iterable[float | None], columns: Sequence[str], form: Callable[[float], str]) -> list[str]:
-    given = [_DASH if value is None else form(value) for value in values]
-    return given + [_DASH] * (len(columns) - len(given))
-
-
-def _notes(lines: Sequence[Line]) -> Iterator[str]:
-    """Sources, remarks, checkpoints and folders, each once with the backbones that it is about."""
-    about: dict[str, list[str]] = {}
-    for line in lines:
-        for fact in _facts(line):
-            about.setdefault(fact, []).append(line.row.backbone)
-    yield from (f"- {', '.join(names)}: {fact}" for fact, names in about.items())
 
 
 def _facts(line: Line) -> Iterator[str]:
@@ -156,11 +115,6 @@ def _facts(line: Line) -> Iterator[str]:
     if line.measured is not None:
         best = f", the best of {line.runs}" if line.runs > 1 else ""
         yield f"measured in {line.measured.folder}{best}"
-
-
-def _billions(count: int) -> str:
-    value = count / 1e9
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _records(lines: Sequence[Line]) -> list[dict[str, Any]]:
@@ -207,19 +161,9 @@ def _padded(values: Iterable[float | None], count: int) -> list[float | None]:
 
 def as_json(lines: Sequence[Line], left_out: Sequence[LeftOut]) -> str:
     """All that is known, unrounded, and what was left out."""
-    content = {
-        "rows": _records(lines),
-        "left_out": [{"folder": str(entry.folder), "reason": entry.reason} for entry in left_out],
-        "units": _UNITS,
-    }
-    return json.dumps(content, indent=1) + "\n"
+    return json_text(_records(lines), left_out, _UNITS)
 
 
 def as_csv(lines: Sequence[Line], left_out: Sequence[LeftOut]) -> str:  # noqa: ARG001 - no place for it
     """The rows as in JSON, a column for each name."""
-    records = _records(lines)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
+    return csv_text(_records(lines))

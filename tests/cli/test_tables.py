@@ -10,11 +10,11 @@ import shutil
 import pytest
 import yaml
 
-from effvit._cli import coco_runs
+from effvit._cli import table_runs
 from effvit._cli import tables as module
-from effvit._cli.coco_formats import Cost
 from effvit._cli.coco_rows import ROWS
 from effvit._cli.shipped import merged_config, shipped_configs
+from effvit._cli.table_costs import Cost
 from effvit.datamodules import CocoDetection
 
 M4 = "retinanet_efficientvit_m4"
@@ -23,7 +23,9 @@ M4 = "retinanet_efficientvit_m4"
 @pytest.fixture
 def uncounted(monkeypatch):
     """Rows without building their networks, which takes a second each."""
-    monkeypatch.setattr(module, "_count", lambda row: Cost(8_000_000, 18_587_164, 2_000_000_000, 157_513_441_536))
+    monkeypatch.setattr(
+        module, "_count", lambda table, row: Cost(8_000_000, 18_587_164, 2_000_000_000, 157_513_441_536)
+    )
 
 
 def write_run(
@@ -169,14 +171,14 @@ def test_the_log_says_what_options_the_weights_told(monkeypatch, caplog):
     monkeypatch.setattr(detection.Detection, "_load_published", lambda self, state, path: None)
     with caplog.at_level("INFO", logger="effvit"):
         detection.Detection("mobilevit_xxs", {1: "disc"}, detector="ssdlite", checkpoint="file.pth")
-    assert coco_runs._OPTIONS_READ.findall("\n".join(caplog.messages)) == ['{"dropout": 0.25}']
+    assert table_runs.OPTIONS_READ.findall("\n".join(caplog.messages)) == ['{"dropout": 0.25}']
 
 
 def test_the_log_says_what_was_evaluated(coco_root, caplog):
     """The line of a real data module is the one that is looked for."""
     with caplog.at_level("INFO", logger="effvit"):
         CocoDetection(str(coco_root)).setup("validate")
-    assert coco_runs._SPLIT_READ.findall("\n".join(caplog.messages)) == [("val", "6", "6", "3")]
+    assert table_runs.SPLIT_READ.findall("\n".join(caplog.messages)) == [("val", "6", "6", "3")]
 
 
 def test_rows_that_were_not_asked_for_are_no_strangers(cli, uncounted, tmp_path):
