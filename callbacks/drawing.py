@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from pycocotools import mask as mask_api
 from torch import Tensor
+
+from effvit.callbacks._canvas import GREY, INK, PAPER, Colour, Font, cut, luminance, resize, text_font, to_picture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Colour = tuple[int, int, int]
 Mask = Tensor | Mapping[str, Any]
 _Rectangle = tuple[float, float, float, float]
 
-_INK: Colour = (28, 30, 34)
-_PAPER: Colour = (255, 255, 255)
-_GREY: Colour = (110, 114, 120)
 _MASK_OPACITY = 0.45
 _DROPPED_OPACITY = 0.85  # enough left to see what was dropped
 # Hues by hand where a data set has few classes: far apart, and readable on photographs and on white.
@@ -95,11 +92,11 @@ def draw_detections(
     captions = [_caption(int(label), names) for label in labels]
     if scores is not None:
         captions = [f"{text} {float(s):.2f}" for text, s in zip(captions, scores.detach().cpu()[keep], strict=True)]
-    picture = _to_picture(image)
+    picture = to_picture(image)
     if masks is not None:
         chosen = [masks[index] for index in keep.tolist()]
         picture = Image.fromarray(_blend(np.asarray(picture), chosen, labels.tolist()))
-    picture, scale = _resize(picture, min_side, max_side)
+    picture, scale = resize(picture, min_side, max_side)
     _draw(picture, (boxes * scale).tolist(), [class_colour(int(label)) for label in labels], captions)
     return picture
 
@@ -133,7 +130,7 @@ def panel_grid(
     pair_width = len(titles) * cell_width + (len(titles) - 1) * gap
     across = min(pairs_per_row, len(rows))
     width = 2 * margin + across * pair_width + (across - 1) * 2 * margin
-    sheet = Image.new("RGB", (width, head + sum(heights) + gap * (len(lines) - 1) + margin), _PAPER)
+    sheet = Image.new("RGB", (width, head + sum(heights) + gap * (len(lines) - 1) + margin), PAPER)
     draw = ImageDraw.Draw(sheet)
     lefts = [
         margin + pair * (pair_width + 2 * margin) + column * (cell_width + gap)
@@ -141,7 +138,7 @@ def panel_grid(
         for column in range(len(titles))
     ]
     for number, left in enumerate(lefts):
-        draw.text((left, head / 2), titles[number % len(titles)], fill=_INK, font=_font(16), anchor="lm")
+        draw.text((left, head / 2), titles[number % len(titles)], fill=INK, font=text_font(16), anchor="lm")
     top = head
     for line, height in zip(lines, heights, strict=True):
         for left, picture in zip(lefts, (picture for row in line for picture in row), strict=False):
@@ -164,14 +161,14 @@ def captioned(image: Tensor, lines: Sequence[str], *, side: int = 240) -> Image.
     Raises:
         ValueError: ``image`` is not uint8 ``(3, H, W)``.
     """
-    picture, _ = _resize(_to_picture(image), side, side)
+    picture, _ = resize(to_picture(image), side, side)
     size, spacing = 15, 20
-    sheet = Image.new("RGB", (side, side + 6 + spacing * len(lines)), _PAPER)
+    sheet = Image.new("RGB", (side, side + 6 + spacing * len(lines)), PAPER)
     sheet.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     draw = ImageDraw.Draw(sheet)
     for number, line in enumerate(lines):
         place = (0, side + 6 + spacing * (number + 0.5))
-        draw.text(place, _cut(draw, line, size, side), fill=_INK, font=_font(size), anchor="lm")
+        draw.text(place, cut(draw, line, size, side), fill=INK, font=text_font(size), anchor="lm")
     return sheet
 
 
@@ -199,9 +196,9 @@ def draw_kept_patches(
     stages = [kept.detach().cpu().float().round().view(-1, *grid) for kept in decisions]
     rows = []
     for number, image in enumerate(images.cpu()):
-        rows.append([_resize(_to_picture(image), 240, 320)[0]])
+        rows.append([resize(to_picture(image), 240, 320)[0]])
         for kept in stages:
-            picture, scale = _resize(_to_picture(_whiten(image, kept[number], patch)), 240, 320)
+            picture, scale = resize(to_picture(_whiten(image, kept[number], patch)), 240, 320)
             _outline(picture, kept[number], patch * scale)
             rows[-1].append(picture)
     shares = [f"stage {number}: {100 * float(kept.mean()):.0f} % kept" for number, kept in enumerate(stages, start=1)]
@@ -218,25 +215,10 @@ def _outline(picture: Image.Image, kept: Tensor, side: float) -> None:
     draw = ImageDraw.Draw(picture)
     for row, column in (kept[1:] != kept[:-1]).nonzero().tolist():
         y = (row + 1) * side
-        draw.line((column * side, y, (column + 1) * side, y), fill=_GREY)
+        draw.line((column * side, y, (column + 1) * side, y), fill=GREY)
     for row, column in (kept[:, 1:] != kept[:, :-1]).nonzero().tolist():
         x = (column + 1) * side
-        draw.line((x, row * side, x, (row + 1) * side), fill=_GREY)
-
-
-def _cut(draw: ImageDraw.ImageDraw, text: str, size: int, width: int) -> str:
-    """``text``, or as much of its beginning as fits with an ellipsis."""
-    if draw.textlength(text, font=_font(size)) <= width:
-        return text
-    while text and draw.textlength(text + "…", font=_font(size)) > width:
-        text = text[:-1]
-    return text + "…"
-
-
-def _to_picture(image: Tensor) -> Image.Image:
-    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != 3:
-        raise ValueError(f"an image must be uint8 of shape (3, H, W), not {image.dtype} {tuple(image.shape)}")
-    return Image.fromarray(np.ascontiguousarray(image.detach().cpu().permute(1, 2, 0).numpy()))
+        draw.line((x, row * side, x, (row + 1) * side), fill=GREY)
 
 
 def _check(boxes: Tensor, labels: Tensor, scores: Tensor | None, masks: Tensor | Sequence[Mask] | None) -> None:
@@ -268,22 +250,11 @@ def _pixels_of(mask: Mask, size: tuple[int, ...]) -> np.ndarray:
     return decoded.bool().numpy()
 
 
-def _resize(picture: Image.Image, min_side: int, max_side: int | None) -> tuple[Image.Image, float]:
-    side = max(picture.size)
-    scale = min(max(1.0, min_side / side), 4.0)
-    if max_side is not None:
-        scale = min(scale, max_side / side)
-    if scale == 1.0:
-        return picture, 1.0
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS), scale
-
-
 def _draw(picture: Image.Image, boxes: list[list[float]], colours: Sequence[Colour], captions: Sequence[str]) -> None:
     draw = ImageDraw.Draw(picture)
     side = max(picture.size)
     line = max(2, round(side / 320))
-    font = _font(max(12, round(side / 44)))
+    font = text_font(max(12, round(side / 44)))
     for box, colour in zip(reversed(boxes), list(reversed(colours)), strict=True):
         x1, y1, x2, y2 = box
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour, width=line)
@@ -292,7 +263,7 @@ def _draw(picture: Image.Image, boxes: list[list[float]], colours: Sequence[Colo
         tag = _place(draw, box, caption, font, picture.size, placed)
         placed.append(tag)
         draw.rectangle(tag, fill=colour)
-        ink = _PAPER if _luminance(colour) < 0.6 else _INK
+        ink = PAPER if luminance(colour) < 0.6 else INK
         draw.text(((tag[0] + tag[2]) / 2, (tag[1] + tag[3]) / 2), caption, fill=ink, font=font, anchor="mm")
 
 
@@ -300,7 +271,7 @@ def _place(
     draw: ImageDraw.ImageDraw,
     box: Sequence[float],
     caption: str,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: Font,
     size: tuple[int, int],
     placed: Sequence[_Rectangle],
 ) -> _Rectangle:
@@ -323,12 +294,3 @@ def _inside(x: float, y: float, width: float, height: float, size: tuple[int, in
 
 def _overlap(a: _Rectangle, b: _Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
-
-
-def _luminance(colour: Colour) -> float:
-    return (0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]) / 255
-
-
-@lru_cache(maxsize=16)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
