@@ -1,8 +1,8 @@
-"""Opening the checkpoints of runs, and the detectors that others have published."""
+"""Opening the checkpoints of runs, and the networks that others have published."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,6 @@ from torch import Tensor
 
 from effvit.backbones import open_checkpoint
 from effvit.errors import CheckpointError
-from effvit.tasks.detectors._cvnets_checkpoint import is_cvnets
-from effvit.tasks.detectors._mmdet_checkpoint import is_mmdet
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
@@ -48,11 +46,14 @@ def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
-def read_published(path: str | Path | None) -> dict[str, Tensor] | None:
-    """Opens a detector's checkpoint that MMDetection or ml-cvnets has written, never running what it holds.
+def read_published(
+    path: str | Path | None, is_published: Callable[[dict[str, Tensor]], bool]
+) -> dict[str, Tensor] | None:
+    """Opens a checkpoint that MMDetection, mmsegmentation or ml-cvnets has written, never running what it holds.
 
     Args:
         path: The file.
+        is_published: Tells by its weights whether it is one of theirs.
 
     Returns:
         Its weights, on the CPU; ``None`` where the file is no such checkpoint, or where there is none.
@@ -67,4 +68,4 @@ def read_published(path: str | Path | None) -> dict[str, Tensor] | None:
         return None
     inner = content.get("state_dict", content)
     state = _tensors(inner) if isinstance(inner, Mapping) else {}
-    return state if is_mmdet(state) or is_cvnets(state) else None
+    return state if is_published(state) else None

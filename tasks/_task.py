@@ -18,7 +18,7 @@ from effvit.categories import Categories
 from effvit.errors import CheckpointError, ConfigError
 from effvit.tasks._checkpoint import read_run
 from effvit.tasks.deployed import Deployed
-from effvit.tasks.schedules import WarmupCosine
+from effvit.tasks.schedules import TrainingSchedule
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ NORMS = (nn.modules.batchnorm._BatchNorm,)  # noqa: SLF001 - the only common bas
 
 
 #: Settings of tasks that decide which layers there are, those first that decide most.
-_SHAPING = ("detector", "backbone", "backbone_options", "pyramid_channels", "head_convs", "head_channels")
+_SHAPING = ("detector", "head", "backbone", "backbone_options", "pyramid_channels", "head_convs", "head_channels")
 
 
 class Group(NamedTuple):
@@ -57,8 +57,8 @@ class Task(LightningModule):
     Args:
         categories: Class name by category id.
         optimizer: Makes the optimizer from parameter groups.
-        lr_scheduler: Makes the schedule: a `WarmupCosine`, or any other one, which is stepped once per epoch. ``None``
-            keeps the learning rate.
+        lr_scheduler: Makes the schedule: a `TrainingSchedule`, or any other one, which is stepped once per epoch.
+            ``None`` keeps the learning rate.
         warmup_steps: Optimizer steps over which the learning rate rises linearly; 0 for none.
         warmup_factor: Share of the learning rate at the first step of the warm-up, in ``(0, 1]``.
         lr_batch_size: Global batch that the learning rate is given for: it is scaled linearly to the real one, images
@@ -113,8 +113,8 @@ class Task(LightningModule):
     def configure_optimizers(self) -> Any:
         """Optimizer with its learning rate scaled to the real batch, and its schedule.
 
-        A `WarmupCosine` brings its own warm-up. Any other schedule is stepped per epoch and multiplied with the warm-up
-        per step, as MMEngine does.
+        A `TrainingSchedule` brings its own warm-up. Any other schedule is stepped per epoch and multiplied with the
+        warm-up per step, as MMEngine does.
         """
         optimizer = self._optimizer(self.parameter_groups())
         batch = self.global_batch()
@@ -127,7 +127,9 @@ class Task(LightningModule):
             schedulers.append({"scheduler": warmup, "interval": "step", "name": "warmup"})
         if self._lr_scheduler is not None:
             schedule = self._lr_scheduler(optimizer)
-            own = isinstance(schedule, WarmupCosine)
+            own = isinstance(schedule, TrainingSchedule)
+            if own and self._warmup_steps:
+                _log.warning("model.warmup_steps has no effect: %s has a warm-up of its own", type(schedule).__name__)
             schedulers.append({"scheduler": schedule, "interval": "step" if own else "epoch", "name": "schedule"})
         return [optimizer], schedulers
 
@@ -137,13 +139,6 @@ class Task(LightningModule):
             return 0
         images = int(getattr(self.trainer.datamodule, "batch_size", 0))  # type: ignore[attr-defined]
         return images * self.trainer.world_size * self.trainer.accumulate_grad_batches
-
-    def _length(self) -> tuple[int, int | None]:
-        """Epochs of the training, and optimizer steps in each, ``None`` where they differ."""
-        epochs = self.trainer.max_epochs
-        if epochs is None or epochs < 1:
-            raise ConfigError("a cosine schedule needs to know its end: set trainer.max_epochs to 1 or more")
-        return epochs, self._steps_per_epoch()
 
     def _steps_per_epoch(self) -> int | None:
         """Optimizer steps of an epoch; ``None`` where they differ."""
@@ -166,8 +161,9 @@ class Task(LightningModule):
         Not before: where the optimizer is made, the number of batches is not known yet, and asking for it would make
         the loaders before a resumed run has restored their state.
         """
-        for schedule in self._cosines():
-            schedule.bind(*self._length())
+        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        for schedule in self._schedules():
+            schedule.bind(-1 if epochs is None else epochs, self._steps_per_epoch(), steps if steps > 0 else None)
         if self.global_batch() and self.trainer.is_global_zero:
             _log.info("%s; %s; %s", self._batch_arithmetic(), self._rate_arithmetic(), self._step_arithmetic())
 
@@ -183,7 +179,7 @@ class Task(LightningModule):
     def _rate_arithmetic(self) -> str:
         group = max(self.trainer.optimizers[0].param_groups, key=lambda group: group["lr_scale"])
         rate = group.get("initial_lr", group["lr"]) / group["lr_scale"]
-        for schedule in self._cosines():  # its rates are those of this run, the optimizer's may be of the one resumed
+        for schedule in self._schedules():  # its rates are those of this run, the optimizer's may be of the one resumed
             rate = schedule.peak_lr()
         if not self._lr_batch_size:
             return f"learning rate {rate:g}"
@@ -191,18 +187,23 @@ class Task(LightningModule):
         return f"learning rate {rate:g} = {given:g} x {self.global_batch()} / {self._lr_batch_size}"
 
     def _step_arithmetic(self) -> str:
-        return f"{self._steps_per_epoch() or 'varying'} steps an epoch, {self.trainer.max_epochs} epochs"
+        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        ends = [f"{epochs} epochs"] if epochs is not None and epochs > 0 else []
+        ends += [f"{steps} steps in all"] if steps > 0 else []
+        return (
+            f"{self._steps_per_epoch() or 'varying'} steps an epoch, {' and at most '.join(ends) or 'without an end'}"
+        )
 
     def on_train_epoch_start(self) -> None:
         """Tells the schedule which epoch it is."""
-        for schedule in self._cosines():
+        for schedule in self._schedules():
             schedule.start_epoch(self.current_epoch)
 
-    def _cosines(self) -> list[WarmupCosine]:
+    def _schedules(self) -> list[TrainingSchedule]:
         """The schedules that follow the training themselves."""
         schedulers = self.lr_schedulers()
         several = schedulers if isinstance(schedulers, list) else [schedulers]
-        return [schedule for schedule in several if isinstance(schedule, WarmupCosine)]
+        return [schedule for schedule in several if isinstance(schedule, TrainingSchedule)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes that the weights inside supersede any starting point, which need not exist where they are loaded."""

@@ -26,7 +26,7 @@ from effvit.tasks.deployed import DeployedDetector
 from effvit.tasks.detectors._checks import check_thresholds
 from effvit.tasks.detectors._contract import Detector
 from effvit.tasks.detectors._cvnets_checkpoint import is_cvnets, load_cvnets
-from effvit.tasks.detectors._mmdet_checkpoint import backbone_options_in, load_mmdet
+from effvit.tasks.detectors._mmdet_checkpoint import backbone_options_in, is_mmdet, load_mmdet
 from effvit.tasks.detectors.factory import DetectorSettings, detector_kind, make_detector, unread_settings
 from effvit.tasks.metrics.coco import CocoEvaluator, CocoResult
 
@@ -147,7 +147,7 @@ class Detection(Task):
         )
         for name in unread_settings(detector, settings):
             _log.warning("the detector %s does not read %s", detector, name)
-        published = read_published(checkpoint)
+        published = read_published(checkpoint, lambda state: is_mmdet(state) or is_cvnets(state))
         if published is not None and backbone is not None:
             # As the network was of which these weights are; a checkpoint of this run is rebuilt without their file.
             backbone_options = {**backbone_options_in(published, backbone), **(backbone_options or {})}

@@ -23,11 +23,10 @@ from effvit.tasks._task import (
     freeze_norm_statistics,
     normalise,
 )
-from effvit.tasks.losses.segmentation import IGNORED, SegmentationLoss
+from effvit.tasks.losses.segmentation import SegmentationLoss
 from effvit.tasks.metrics.segmentation import SegmentationEvaluator, SegmentationResult
 from effvit.tasks.segmenters._inference import Inference
 from effvit.tasks.segmenters.factory import SegmenterSettings, make_segmenter, unread_settings
-from effvit.tasks.segmenters.published import backbone_options_in, is_published, load_published
 
 _log = logging.getLogger(__name__)
 
@@ -131,3 +130,175 @@ class Segmentation(Task):
             lr_batch_size=lr_batch_size,
         )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.norm_eval = norm_eval
+        self.head_lr_scale = _positive("head_lr_scale", head_lr_scale)
+        self.decay_all = decay_all
+        self.inference = Inference(inference, tuple(window), tuple(window_stride), flip_test, tuple(test_scales))
+        settings = SegmenterSettings(
+            pyramid_channels=pyramid_channels,
+            head_channels=head_channels,
+            dropout=dropout,
+            output_stride=output_stride,
+            rates=None if rates is None else tuple(rates),
+            auxiliary=auxiliary_weight > 0,
+        )
+        for name in unread_settings(head, settings):
+            _log.warning("the head %s does not read %s", head, name)
+        published = None
+        if published is not None:
+            # As the network was of which these weights are; a checkpoint of this run is rebuilt without their file.
+            backbone_options = {**backbone_options_in(published, backbone), **(backbone_options or {})}
+            self.hparams["backbone_options"] = backbone_options
+            _log.info("backbone options with those of the weights: %s", json.dumps(backbone_options, sort_keys=True))
+        num_classes = len(self.categories)
+        self.segmenter = make_segmenter(
+            head, backbone, num_classes, settings, pretrained=pretrained, backbone_options=backbone_options
+        )
+        self.backbone.set_grad_checkpointing(gradient_checkpointing)
+        self.mean, self.std = self.backbone.input_spec.mean, self.backbone.input_spec.std
+        self.criterion = SegmentationLoss(
+            num_classes,
+            align_corners=self.segmenter.align_corners,
+            ohem_threshold=ohem_threshold,
+            ohem_kept=ohem_kept,
+            dice_weight=dice_weight,
+            class_weights=class_weights,
+            avg_non_ignore=avg_non_ignore,
+            auxiliary_weight=auxiliary_weight,
+        )
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.segmenter.to(memory_format=self.memory_format)
+        own = {module: name for name, module in self.named_modules(remove_duplicate=False)}
+        self._backbone_prefix = f"{own[self.backbone]}."
+        self.evaluator = SegmentationEvaluator(num_classes)
+        self.result: SegmentationResult | None = None
+        if published is not None:
+            _log.info("%s: %s", checkpoint, load_published(self.segmenter, published, str(checkpoint)))
+        elif checkpoint is not None:
+            self.start_from(checkpoint)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network below the head."""
+        return self.segmenter.backbone
+
+    def group_of(self, name: str, parameter: nn.Parameter) -> Group:
+        """Decay, and the factor on the learning rate, of a parameter."""
+        inside = name.removeprefix(self._backbone_prefix)
+        exempt = parameter.dim() <= 1 or (inside != name and inside in self.backbone.no_weight_decay())
+        return Group(self.decay_all or not exempt, 1.0 if inside != name else self.head_lr_scale)
+
+    def train(self, mode: bool = True) -> Segmentation:
+        """Training or eval mode; with ``norm_eval`` the backbone's BatchNorm statistics stay fixed in both."""
+        super().train(mode)
+        if mode and self.norm_eval:
+            freeze_norm_statistics(self.backbone)
+        return self
+
+    def on_fit_start(self) -> None:
+        """Starts training mode, and refuses a batch that cannot be trained on."""
+        super().on_fit_start()
+        self._check_batch(getattr(self.trainer.datamodule, "batch_size", 0))  # type: ignore[attr-defined]
+        started = self.hparams["pretrained"] or self.hparams["checkpoint"] or self.trainer.ckpt_path
+        if self.norm_eval and not started and any(isinstance(module, NORMS) for module in self.backbone.modules()):
+            _log.warning(
+                "the backbone starts from random weights with fixed BatchNorm statistics (norm_eval), which only fits "
+                "pretrained weights: pass --model.pretrained true (or a file), or --model.norm_eval false"
+            )
+
+    def _check_batch(self, images: int) -> None:
+        """BatchNorm after global pooling sees one value a channel and image."""
+        if images == 1 and self.hparams["head"] == "deeplabv3":
+            raise ConfigError(
+                "a batch of 1 leaves BatchNorm behind the pooling of deeplabv3 nothing to take statistics of: set "
+                "--data.batch_size to 2 or more (and --trainer.accumulate_grad_batches for less memory), or train "
+                "--model.head semantic_fpn"
+            )
+
+    def prepare(self, batch: Batch) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Normalised images ``(B, 3, H, W)`` and their sizes (height, width) before padding, in pixels."""
+        images, targets = batch
+        self.batch_shape = tuple(images.shape)
+        sizes = [target["size"] for target in targets]
+        images = normalise(images, self.mean, self.std, sizes)
+        images = images.to(self.dtype)  # of the weights: float32 unless the Trainer runs in bf16-true or 16-true
+        return images.contiguous(memory_format=self.memory_format), sizes
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
+        """Sum of the losses over one batch."""
+        images, _ = self.prepare(batch)
+        self._check_batch(len(images))
+        masks = torch.stack([target["mask"] for target in batch[1]])
+        losses = self.criterion(self.segmenter(images), masks)
+        total = torch.stack(list(losses.values())).sum()
+        logs = {f"train/{name}": value.detach() for name, value in losses.items() if len(losses) > 1}
+        self.log_dict({"train/loss": total.detach(), **logs}, batch_size=len(images))
+        return total
+
+    def segment(self, batch: Batch) -> list[Tensor]:
+        """Label maps of a batch.
+
+        Args:
+            batch: Images and targets as the data module gives them.
+
+        Returns:
+            int16 ``(h0, w0)`` of each image at the size of its file, on the device of the network; -1 where the
+            network gave no finite number.
+        """
+        images, sizes = self.prepare(batch)
+        return self.inference.label(
+            lambda seen: self.segmenter(seen)["logits"],
+            images,
+            sizes,
+            [target["original_size"] for target in batch[1]],
+            align_corners=self.segmenter.align_corners,
+        )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:  # noqa: ARG002 - Lightning's signature
+        """Labels the images, and hands the label maps to the evaluator and to the callbacks."""
+        found = self.segment(batch)
+        targets = batch[1]
+        self.evaluator.update([target["image_id"] for target in targets], found, [target["mask"] for target in targets])
+        return {"masks": found}
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """The same as validation."""
+        return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:  # noqa: ARG002 - Lightning's signature
+        """For each image ``mask``, its label map on the CPU, see `segment`."""
+        return [{"mask": found.cpu()} for found in self.segment(batch)]
+
+    def on_validation_epoch_start(self) -> None:
+        """Evaluates the same statistics in all processes."""
+        share_buffers(self.segmenter)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics over all validation images."""
+        self._log_result("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics over all test images."""
+        self._log_result("test")
+
+    def _log_result(self, prefix: str) -> None:
+        if self.trainer.sanity_checking:
+            self.evaluator.reset()
+            return
+        self.evaluated_step = self.trainer.global_step
+        self.result = self.evaluator.compute()
+        self.evaluator.reset()
+        # Every rank holds the same numbers, so nothing is left to synchronise.
+        self.log_dict({f"{prefix}/{name}": value for name, value in self.result.metrics.items()})
+
+    def classes_in(self, state_dict: dict[str, Tensor]) -> tuple[tuple[str, ...], int | None]:
+        """See `Task.classes_in`."""
+        prefixes = tuple(f"segmenter.{prefix}" for prefix in self.segmenter.class_parameters)
+        shapes = [value.shape for name, value in state_dict.items() if name.startswith(prefixes)]
+        return prefixes, int(shapes[0][0]) if shapes else None
+
+
+def _positive(name: str, value: float) -> float:
+    if not value > 0:
+        raise ConfigError(f"{name} must be positive, not {value}")
+    return value

@@ -166,7 +166,7 @@ def test_the_log_says_what_options_the_weights_told(monkeypatch, caplog):
     """The line of a real detector is the one that is looked for."""
     from effvit.tasks import detection
 
-    monkeypatch.setattr(detection, "read_published", lambda path: {})
+    monkeypatch.setattr(detection, "read_published", lambda *_: {})
     monkeypatch.setattr(detection, "backbone_options_in", lambda state, name: {"dropout": 0.25})
     monkeypatch.setattr(detection.Detection, "_load_published", lambda self, state, path: None)
     with caplog.at_level("INFO", logger="effvit"):

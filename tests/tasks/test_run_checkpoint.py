@@ -6,9 +6,16 @@ import pytest
 import torch
 
 from effvit.errors import CheckpointError
-from effvit.tasks._checkpoint import read_published, read_run
+from effvit.tasks import _checkpoint
+from effvit.tasks._checkpoint import read_run
+from effvit.tasks.detectors._cvnets_checkpoint import is_cvnets
+from effvit.tasks.detectors._mmdet_checkpoint import is_mmdet
 
 ONE = torch.ones(1)
+
+
+def read_published(path):
+    return _checkpoint.read_published(path, lambda state: is_mmdet(state) or is_cvnets(state))
 
 
 @pytest.mark.parametrize(
