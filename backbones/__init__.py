@@ -10,7 +10,7 @@ from effvit.backbones._checkpoint import LoadReport, load_checkpoint, load_state
 from effvit.backbones._contract import Backbone, Classifier, FeatureMap, InputSpec, VariantInfo
 from effvit.backbones._factory import create_backbone, create_classifier
 from effvit.backbones._pyramid import FeaturePyramid, PyramidNeck
-from effvit.backbones._registry import backbone_info, list_backbones, outline, without_memory
+from effvit.backbones._registry import backbone_info, can_dilate, list_backbones, outline, without_memory
 from effvit.backbones._unread import freeze_unread
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "PyramidNeck",
     "VariantInfo",
     "backbone_info",
+    "can_dilate",
     "create_backbone",
     "create_classifier",
     "freeze_unread",

@@ -20,7 +20,8 @@ class FeatureMap:
     """One output of a backbone.
 
     Attributes:
-        level: Key in the output dictionary; ``"c4"`` is the map of stride 2**4.
+        level: Key in the output dictionary; ``"c4"`` is the map of stride 2**4. In a network that is dilated
+            (``output_stride``), the last stages keep their keys and have the stride of the one before.
         channels: Channels of the map.
         stride: Pixels of the image per cell of the map.
     """

@@ -36,13 +36,14 @@ class InvertedResidual(nn.Module):
         out_channels: Channels out.
         stride: 1 or 2.
         expansion: Width between them over `in_channels`.
+        dilation: Of the depthwise convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int, dilation: int = 1) -> None:
         super().__init__()
         hidden = in_channels * expansion
         self.conv1_1x1 = ConvNorm(in_channels, hidden)
-        self.conv2_kxk = ConvNorm(hidden, hidden, 3, stride, groups=hidden)
+        self.conv2_kxk = ConvNorm(hidden, hidden, 3, stride, groups=hidden, dilation=dilation)
         self.conv3_1x1 = ConvNorm(hidden, out_channels)
         self.residual = stride == 1 and in_channels == out_channels
 
@@ -84,41 +85,55 @@ class CVNetVariant(VariantInfo):
 class CVNet(Backbone):
     """The trunk of both families.
 
-    Maps ``"c1"`` to ``"c5"`` are the outputs of the five stages, strides 2 to 32.
+    Maps ``"c1"`` to ``"c5"`` are the outputs of the five stages, strides 2 to 32, or up to `output_stride`: then a stage
+    that would go beyond keeps the size of its input instead, and the one after it, and in MobileViTv2 its own attention
+    block, dilate one convolution for each halving that was left out (apple/ml-cvnets, ``_make_mit_layer``). So with 16
+    only MobileViTv2 dilates anything.
 
     Args:
         variant: A row of the family's table.
         channel_order: Order of the colours that a checkpoint's first convolution reads; it is turned to RGB at load.
             ``"auto"`` goes by the names in the file: Apple's are read in the order of `published_order`, timm's and
             ours in RGB.
+        output_stride: Of the coarsest map: 8 or 16 for DeepLabv3, or 32.
 
     Attributes:
         published_order: Order that Apple's files of the family read.
+
+    Raises:
+        ConfigError: `channel_order` or `output_stride` is another one.
     """
 
     published_order: ClassVar[ChannelOrder]
 
-    def __init__(self, variant: CVNetVariant, *, channel_order: ChannelOrder = "auto") -> None:
+    def __init__(self, variant: CVNetVariant, *, channel_order: ChannelOrder = "auto", output_stride: int = 32) -> None:
         super().__init__()
         if channel_order not in ("auto", "rgb", "bgr"):
             raise ConfigError(f"channel_order must be 'auto', 'rgb' or 'bgr', got {channel_order!r}")
+        if output_stride not in (8, 16, 32):
+            raise ConfigError(f"output_stride must be 8, 16 or 32, got {output_stride!r}")
         self.info = variant
         self.channel_order = channel_order
         self.stem: nn.Module = ConvNorm(3, variant.stem, 3, 2)
         stages = []
-        before = variant.stem
-        for position, (channels, count) in enumerate(zip(variant.channels, variant.residuals, strict=True)):
+        before, dilation = variant.stem, 1
+        for position, channels in enumerate(variant.channels):
+            halves = bool(position) and 2 ** (position + 1) <= output_stride
+            after = dilation if halves or not position else dilation * 2
             blocks: list[nn.Module] = []
-            for number in range(count):
-                stride = 2 if position and not number else 1
-                blocks.append(InvertedResidual(before, channels, stride, variant.expansion))
+            for number in range(variant.residuals[position]):
+                stride = 2 if halves and not number else 1
+                blocks.append(InvertedResidual(before, channels, stride, variant.expansion, dilation))
                 before = channels
             if position >= 2:
-                blocks.append(self.make_attention(channels, variant.dims[position - 2], variant.depths[position - 2]))
+                dim, depth = variant.dims[position - 2], variant.depths[position - 2]
+                blocks.append(self.make_attention(channels, dim, depth, after))
+            dilation = after
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.ModuleList(stages)
         self.feature_maps = tuple(
-            FeatureMap(f"c{level}", channels, 2**level) for level, channels in enumerate(variant.channels, start=1)
+            FeatureMap(f"c{level}", channels, min(2**level, output_stride))
+            for level, channels in enumerate(variant.channels, start=1)
         )
         blocks_in = [
             f"stages.{position}.{number}." for position, stage in enumerate(stages) for number in range(len(stage))
@@ -126,8 +141,15 @@ class CVNet(Backbone):
         self.layers = ["stem.", *blocks_in]
         self.num_layers = len(self.layers)
 
-    def make_attention(self, channels: int, dim: int, depth: int) -> nn.Module:
-        """The family's attention block, with a method ``fused()`` that makes its deploy form."""
+    def make_attention(self, channels: int, dim: int, depth: int, dilation: int) -> nn.Module:
+        """The family's attention block, with a method ``fused()`` that makes its deploy form.
+
+        Args:
+            channels: Channels in and out.
+            dim: Width of the attention.
+            depth: Its transformer layers.
+            dilation: What a family that dilates its block dilates it by.
+        """
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

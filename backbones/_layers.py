@@ -34,6 +34,7 @@ def fold_norm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
         (conv.kernel_size[0], conv.kernel_size[1]),
         (conv.stride[0], conv.stride[1]),
         (int(conv.padding[0]), int(conv.padding[1])),
+        (conv.dilation[0], conv.dilation[1]),
         groups=conv.groups,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
@@ -79,6 +80,7 @@ class ConvNorm(nn.Module):
         groups: Groups.
         scale: Start of BatchNorm's weight; 0 makes a residual branch start as nothing.
         bias: Whether the convolution has a bias, which BatchNorm makes needless and some published networks have.
+        dilation: Distance of the kernel's cells.
     """
 
     def __init__(
@@ -90,9 +92,11 @@ class ConvNorm(nn.Module):
         groups: int = 1,
         scale: float = 1.0,
         bias: bool = False,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=bias)
+        padding = kernel // 2 * dilation
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups=groups, bias=bias)
         self.bn = nn.BatchNorm2d(out_channels)
         nn.init.constant_(self.bn.weight, scale)
         self.pointwise = (kernel, stride, groups) == (1, 1, 1)

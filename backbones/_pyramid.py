@@ -28,6 +28,7 @@ class _Levels(nn.Module):
     strides: tuple[int, ...]
     out_channels: int
     coarser: Coarser
+    returned: tuple[str, ...]
     simple: SimplePyramid | None
     laterals: nn.ModuleDict
     upsamplers: nn.ModuleDict
@@ -35,7 +36,12 @@ class _Levels(nn.Module):
     downsamplers: nn.ModuleDict
 
     def _make(
-        self, feature_maps: Sequence[FeatureMap], levels: tuple[str, ...], out_channels: int, coarser: Coarser
+        self,
+        feature_maps: Sequence[FeatureMap],
+        levels: tuple[str, ...],
+        out_channels: int,
+        coarser: Coarser,
+        returned: tuple[str, ...] | None = None,
     ) -> None:
         if out_channels < 1:
             raise ConfigError(f"out_channels of a pyramid must be at least 1, not {out_channels}")
@@ -43,11 +49,13 @@ class _Levels(nn.Module):
             raise ConfigError(f"coarser must be one of {', '.join(get_args(Coarser))}, not {coarser!r}")
         shared = _shared(feature_maps, levels)
         numbers = _level_numbers(levels)
+        _refuse_dilated(feature_maps)
         channels = {int(spec.level[1:]): spec.channels for spec in feature_maps}
         self.levels = tuple(levels)
         self.strides = tuple(2**number for number in numbers)
         self.out_channels = out_channels
         self.coarser = coarser
+        self.returned = tuple(levels) if returned is None else returned
         if len(channels) == 1:
             self._build_on_one_map(channels[shared[0]], shared[0], numbers)
         else:
@@ -62,7 +70,7 @@ class _Levels(nn.Module):
                 f"the pyramid levels {self.levels} start below p{finest}, the finest that ViTDet's pyramid makes of a "
                 f"backbone whose one map is c{level}"
             )
-        own = [number for number in numbers if number <= coarsest]
+        own = [number for number in numbers if number <= coarsest and f"p{number}" in self.returned]
         coarser = [number for number in numbers if number > coarsest]
         self.simple = SimplePyramid(channels, level, own, self.out_channels)
         self.laterals, self.upsamplers, self.outputs = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
@@ -78,7 +86,11 @@ class _Levels(nn.Module):
             {f"p{n}": nn.ConvTranspose2d(out_channels, out_channels, 2, 2) for n in reversed(finer)}
         )
         self.outputs = nn.ModuleDict(
-            {f"p{n}": nn.Conv2d(out_channels, out_channels, 3, padding=1) for n in [*finer, *shared]}
+            {
+                f"p{n}": nn.Conv2d(out_channels, out_channels, 3, padding=1)
+                for n in [*finer, *shared]
+                if f"p{n}" in self.returned
+            }
         )
         self.downsamplers = self._stride_2(coarser, channels[shared[-1]])
 
@@ -108,12 +120,12 @@ class _Levels(nn.Module):
             maps: ``{level: (B, channels, h, w)}``, as ``Backbone.forward`` gives them.
 
         Returns:
-            ``{level: (B, out_channels, h, w)}`` in the order of ``levels``.
+            ``{level: (B, out_channels, h, w)}`` in the order of ``returned``.
         """
         pyramid, coarsest = self._own_levels(maps) if self.simple is None else self._levels_of(self.simple, maps)
         for level, downsample in self.downsamplers.items():
             coarsest = pyramid[level] = downsample(coarsest)
-        for coarse, level in itertools.pairwise(self.levels):
+        for coarse, level in itertools.pairwise(self.returned):
             if level not in pyramid:  # it is pooled
                 pyramid[level] = F.max_pool2d(pyramid[coarse], kernel_size=1, stride=2)
         return pyramid
@@ -151,6 +163,8 @@ class PyramidNeck(_Levels):
         levels: As for `FeaturePyramid`, like the other two.
         out_channels: Channels of every level.
         coarser: How levels coarser than the backbone's are made.
+        returned: Those of the levels that the backbone has, or that are finer, which end in a convolution of their own
+            and are handed out; the others are only merged into finer ones. All by default.
 
     Raises:
         ConfigError: As of `FeaturePyramid`.
@@ -162,9 +176,10 @@ class PyramidNeck(_Levels):
         levels: tuple[str, ...] = ("p3", "p4", "p5", "p6", "p7"),
         out_channels: int = 256,
         coarser: Coarser = "conv",
+        returned: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
-        self._make(feature_maps, levels, out_channels, coarser)
+        self._make(feature_maps, levels, out_channels, coarser, returned)
 
     def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same as `merge`."""
@@ -203,7 +218,8 @@ class FeaturePyramid(_Levels):
 
     Raises:
         ConfigError: `levels` is empty or malformed, has a gap, shares no level with the backbone, or asks more of its
-            one map than ViTDet's pyramid has; `out_channels` or `coarser` is out of its range.
+            one map than ViTDet's pyramid has; `out_channels` or `coarser` is out of its range; the backbone is dilated
+            (``output_stride``), so that several of its maps have one stride.
     """
 
     def __init__(
@@ -215,6 +231,7 @@ class FeaturePyramid(_Levels):
     ) -> None:
         super().__init__()
         shared = _shared(backbone.feature_maps, levels)
+        _refuse_dilated(backbone.feature_maps)
         backbone.prepare_for_dense()
         freeze_unread(backbone, [f"c{number}" for number in shared])
         self.backbone = backbone
@@ -236,6 +253,16 @@ class FeaturePyramid(_Levels):
         """Fuses the backbone in place for inference (neither pyramid has a BatchNorm); see ``Backbone.fuse``."""
         self.backbone.fuse()
         return self
+
+
+def _refuse_dilated(feature_maps: Sequence[FeatureMap]) -> None:
+    """Raises `ConfigError` where a map does not have the stride that its name says."""
+    for spec in feature_maps:
+        if spec.stride != 2 ** int(spec.level[1:]):
+            raise ConfigError(
+                f"a feature pyramid needs maps of different strides, and {spec.level} has stride {spec.stride}: the "
+                "backbone was built with output_stride, which is for DeepLabv3 at that stride; build it without"
+            )
 
 
 def _shared(feature_maps: Sequence[FeatureMap], levels: tuple[str, ...]) -> list[int]:

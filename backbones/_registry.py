@@ -85,17 +85,34 @@ def build(name: str, overrides: Mapping[str, Any]) -> Backbone:
 
         return timm.build(name, overrides)
     family, variant = _lookup(name)
-    options = [
-        option.name
-        for option in inspect.signature(family).parameters.values()
-        if option.kind is inspect.Parameter.KEYWORD_ONLY
-    ]
+    options = _options_of(family)
     for override in overrides:
         if override not in options:
             raise ConfigError(f"{name} has no option {override!r}. {close_matches(override, options)}")
     constructor: Any = family
     network: Backbone = constructor(variant, **overrides)
     return network
+
+
+def can_dilate(name: str, output_stride: int) -> bool:
+    """Whether a backbone has an option ``output_stride``, and can be built with this one: 8, 16 or 32.
+
+    Its last stages then keep the map's size and dilate convolutions, as DeepLabv3 (arXiv:1706.05587) has it. A network
+    of timm is tried; there is none of a name that is not known.
+    """
+    if not name.startswith(_TIMM):
+        return name in _VARIANTS and "output_stride" in _options_of(_VARIANTS[name][0])
+    try:
+        with without_memory():
+            return build(name, {"output_stride": output_stride}).feature_maps[-1].stride == output_stride
+    except ConfigError:
+        return False
+
+
+def _options_of(family: type[Backbone]) -> list[str]:
+    """Names of the options that a family's constructor has."""
+    parameters = inspect.signature(family).parameters.values()
+    return [option.name for option in parameters if option.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 def outline(name: str) -> Backbone:

@@ -145,11 +145,12 @@ class MobileViT(CVNet):
     Args:
         variant: Its row of the table.
         channel_order: See ``CVNet``.
+        output_stride: See ``CVNet``.
         dropout: Share of the values that are zero in training at the end of each attention and each feed-forward.
         classifier_dropout: The same of what the classifier reads.
 
     Raises:
-        ConfigError: `channel_order` is unknown, or a dropout not in ``[0, 1)``.
+        ConfigError: `channel_order` or `output_stride` is unknown, or a dropout not in ``[0, 1)``.
     """
 
     input_spec = eval_spec("bilinear")
@@ -161,10 +162,11 @@ class MobileViT(CVNet):
         variant: MobileViTVariant,
         *,
         channel_order: ChannelOrder = "auto",
+        output_stride: int = 32,
         dropout: float = 0.0,
         classifier_dropout: float = 0.0,
     ) -> None:
-        super().__init__(variant, channel_order=channel_order)
+        super().__init__(variant, channel_order=channel_order, output_stride=output_stride)
         check_rate("dropout", dropout)
         check_rate("classifier_dropout", classifier_dropout)
         for module in self.modules():
@@ -175,8 +177,9 @@ class MobileViT(CVNet):
         self.final_conv: nn.Module = ConvNorm(variant.channels[-1], variant.num_features)
         initialise(self)
 
-    def make_attention(self, channels: int, dim: int, depth: int) -> nn.Module:
-        """See ``CVNet.make_attention``."""
+    def make_attention(self, channels: int, dim: int, depth: int, dilation: int) -> nn.Module:
+        """See ``CVNet.make_attention``; as Apple's, it is not dilated."""
+        del dilation
         return MobileViTBlock(channels, dim, depth)
 
     def embed(self, images: Tensor) -> Tensor:

@@ -113,11 +113,12 @@ class MobileViTv2Block(nn.Module):
         channels: Channels in and out.
         dim: Width of the transformer.
         depth: Its layers.
+        dilation: Of the depthwise convolution.
     """
 
-    def __init__(self, channels: int, dim: int, depth: int) -> None:
+    def __init__(self, channels: int, dim: int, depth: int, dilation: int = 1) -> None:
         super().__init__()
-        self.conv_kxk = ConvNorm(channels, channels, 3, groups=channels)
+        self.conv_kxk = ConvNorm(channels, channels, 3, groups=channels, dilation=dilation)
         self.conv_1x1 = nn.Conv2d(channels, dim, 1, bias=False)
         self.transformer = nn.Sequential(*(TransformerLayer(dim) for _ in range(depth)))
         self.norm = WholeNorm(dim)
@@ -143,14 +144,14 @@ class MobileViTv2(CVNet):
     input_spec = eval_spec("bicubic")
     published_order: ClassVar[ChannelOrder] = "rgb"
 
-    def __init__(self, variant: CVNetVariant, *, channel_order: ChannelOrder = "auto") -> None:
-        super().__init__(variant, channel_order=channel_order)
+    def __init__(self, variant: CVNetVariant, *, channel_order: ChannelOrder = "auto", output_stride: int = 32) -> None:
+        super().__init__(variant, channel_order=channel_order, output_stride=output_stride)
         self.num_features = variant.channels[-1]
         initialise(self)
 
-    def make_attention(self, channels: int, dim: int, depth: int) -> nn.Module:
+    def make_attention(self, channels: int, dim: int, depth: int, dilation: int) -> nn.Module:
         """See ``CVNet.make_attention``."""
-        return MobileViTv2Block(channels, dim, depth)
+        return MobileViTv2Block(channels, dim, depth, dilation)
 
     def embed(self, images: Tensor) -> Tensor:
         """The mean over the last stage's output, ``(B, num_features)``."""
