@@ -7,6 +7,9 @@ from typing import Any
 
 from effvit.errors import DatasetError
 
+#: Label of a pixel that has none, in masks of segmentation.
+IGNORED = -1
+
 
 class Categories:
     """Category ids of a data set against labels ``0 … num_classes - 1`` of a network.

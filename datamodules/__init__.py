@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from effvit.datamodules.imagenet import ImageNet
     from effvit.datamodules.images import ClassifiedFiles, ImageFiles
     from effvit.datamodules.inspection import DatasetReport, inspect_coco
+    from effvit.datamodules.segmentation import SegmentationData
+    from effvit.datamodules.segmentation_folder import SegmentationFolder
+    from effvit.datamodules.segmented_digits import SegmentedDigits
     from effvit.datamodules.transfer import Transfer
 
 __all__ = [
@@ -34,6 +37,9 @@ __all__ = [
     "ImageFolderReport",
     "ImageNet",
     "ImageShards",
+    "SegmentationData",
+    "SegmentationFolder",
+    "SegmentedDigits",
     "Transfer",
     "find_split",
     "has_split",
@@ -53,6 +59,9 @@ _HOMES = {
     "ImageFolderReport": "image_inspection",
     "ImageNet": "imagenet",
     "ImageShards": "image_shards",
+    "SegmentationData": "segmentation",
+    "SegmentationFolder": "segmentation_folder",
+    "SegmentedDigits": "segmented_digits",
     "Transfer": "transfer",
     "find_split": "_layout",
     "has_split": "_layout",

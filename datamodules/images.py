@@ -64,7 +64,8 @@ class ImageFiles(_Files):
         batch_size: Images in a batch.
         num_workers: Processes that load images; 0 loads in the calling process.
         image_size: Limits of the long and the short side in pixels, or width and height where ``resize`` is "squash".
-        resize: "keep_ratio", or "squash" to give images exactly ``image_size`` whatever their ratio.
+        resize: "keep_ratio", "align" to bring both sides up to a multiple of ``pad_divisor`` then, or "squash" to give
+            images exactly ``image_size`` whatever their ratio.
         pad_divisor: Height and width of a batch are multiples of this.
         unreadable: "error" stops at a file that cannot be read, "skip" opens every file first and leaves those out.
 
@@ -80,7 +81,7 @@ class ImageFiles(_Files):
         batch_size: int = 1,
         num_workers: int = 0,
         image_size: tuple[int, int] = (1333, 800),
-        resize: Literal["keep_ratio", "squash"] = "keep_ratio",
+        resize: Literal["keep_ratio", "align", "squash"] = "keep_ratio",
         pad_divisor: int = 32,
         unreadable: Literal["error", "skip"] = "error",
     ) -> None:
@@ -93,7 +94,7 @@ class ImageFiles(_Files):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches ``(images, targets)``."""
-        dataset = PlainImages(self.files, self.names, eval_transform(self.image_size, self.resize))
+        dataset = PlainImages(self.files, self.names, eval_transform(self.image_size, self.resize, self.pad_divisor))
         return self._loader(dataset, Collate(self.pad_divisor))
 
 

@@ -102,6 +102,34 @@ class SquashResize(_Resize):
         return scale[1], scale[0]
 
 
+class AlignResize(KeepRatioResize):
+    """Resizes as large as ``scale`` allows, and then both sides up to a multiple of a divisor; see `_Resize`.
+
+    What the published Semantic FPN of EfficientFormer is tested with (``AlignResize`` of snap-research/EfficientFormer,
+    ``segmentation/``): instead of padding, the image is resized a second time, by less than the divisor.
+
+    Args:
+        scale: Limits of the long and the short side in pixels.
+        jitter: Range of a random factor on the size; ``(1, 1)`` for none.
+        divisor: Height and width become multiples of this.
+    """
+
+    def __init__(self, scale: tuple[int, int], jitter: tuple[float, float] = (1.0, 1.0), divisor: int = 32) -> None:
+        super().__init__(scale, jitter)
+        self.divisor = divisor
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draws the size that keeps the ratio, and rounds it up."""
+        kept = super().make_params(flat_inputs)["size"]
+        return {"kept": kept, "size": tuple(-(-side // self.divisor) * self.divisor for side in kept)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resizes an image twice, as published, and boxes once."""
+        if isinstance(inpt, tv_tensors.Image):
+            inpt = super().transform(inpt, {"size": params["kept"]})
+        return super().transform(inpt, params)
+
+
 class IoUCrop(v2.RandomIoUCrop):  # type: ignore[misc]
     """SSD's crop: in five cases of six, a part of the image that overlaps an object by 0.1, 0.3, 0.5, 0.7 or 0.9.
 
@@ -188,7 +216,7 @@ class PhotometricDistort(v2.RandomPhotometricDistort):  # type: ignore[misc]
 
 
 #: How images are brought to the size of the network, and how training images are augmented, by name.
-RESIZES: dict[str, type[_Resize]] = {"keep_ratio": KeepRatioResize, "squash": SquashResize}
+RESIZES: dict[str, type[_Resize]] = {"keep_ratio": KeepRatioResize, "align": AlignResize, "squash": SquashResize}
 AUGMENTATIONS = ("flip", "ssd")
 
 
@@ -217,14 +245,15 @@ def train_transform(
     return v2.Compose([resized, flipped])
 
 
-def eval_transform(scale: tuple[int, int], resize: str = "keep_ratio") -> v2.Transform:
+def eval_transform(scale: tuple[int, int], resize: str = "keep_ratio", divisor: int = 32) -> v2.Transform:
     """Resize alone.
 
     Args:
         scale: What `resize` takes.
         resize: A name of ``RESIZES``.
+        divisor: What "align" rounds both sides up to.
     """
-    return RESIZES[resize](scale)
+    return AlignResize(scale, divisor=divisor) if resize == "align" else RESIZES[resize](scale)
 
 
 class Collate:
