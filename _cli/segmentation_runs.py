@@ -19,8 +19,7 @@ from effvit._cli.table_runs import (
 #: What is measured, in percent.
 COLUMNS = ("mIoU", "mAcc", "aAcc")
 
-#: Settings of the task that make another network, and those that make another way of looking at an image.
-_NETWORK = ("pyramid_channels", "head_channels", "output_stride", "rates")
+#: Settings of the task that make another way of looking at an image.
 _INFERENCE = {"inference": "whole", "flip_test": False, "test_scales": [1.0]}
 
 
@@ -76,10 +75,18 @@ def _judge(evaluation: Evaluation) -> SegmentationRow | str:
     published, data_set = config_of(row), DATA_SETS[row.data_set]
     model = published["model"]["init_args"]
     return (
-        other_value("network", evaluation.model, {name: model[name] for name in _NETWORK if name in model})
+        _other_network(row, evaluation)
         or other_options(evaluation, model.get("backbone_options"))
         or other_value("inference", evaluation.model, _INFERENCE)
         or other_data(evaluation, published["data"]["init_args"], ("image_size", "resize"))
         or other_images(evaluation.log, data_set.title, data_set.images, data_set.classes)
         or row
     )
+
+
+def _other_network(row: SegmentationRow, evaluation: Evaluation) -> str:
+    """Which setting makes it another network than the published one, which ``null`` stands for."""
+    from effvit.tasks.segmenters.factory import published_settings
+
+    given = {name: value for name, value in evaluation.model.items() if value is not None}
+    return other_value("network", given, published_settings(row.head))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 OUTPUT_STRIDES = (8, 16, 32)
 #: Rates of the atrous convolutions that go with an output stride (arXiv 1706.05587, section 4).
-_RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (6, 12, 18)}
+RATES = {8: (12, 24, 36), 16: (6, 12, 18), 32: (6, 12, 18)}
 _AUXILIARY_CHANNELS = 128
 
 
@@ -69,7 +69,7 @@ class DeepLabV3(Segmenter):
         check_output_stride(output_stride)
         check_channels("head_channels", head_channels)
         check_dropout(dropout)
-        rates = _RATES[output_stride] if rates is None else tuple(rates)
+        rates = RATES[output_stride] if rates is None else tuple(rates)
         if not rates or min(rates) < 1:
             raise ConfigError(f"rates must be whole numbers of at least 1, such as [6, 12, 18], not {list(rates)}")
         backbone.prepare_for_dense()

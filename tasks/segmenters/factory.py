@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from effvit.backbones import Backbone, can_dilate, create_backbone
 from effvit.errors import ConfigError, close_matches
-from effvit.tasks.segmenters.deeplabv3 import OUTPUT_STRIDES, DeepLabV3, check_output_stride
+from effvit.tasks.segmenters.deeplabv3 import OUTPUT_STRIDES, RATES, DeepLabV3, check_output_stride
 from effvit.tasks.segmenters.semantic_fpn import SemanticFPN
 
 if TYPE_CHECKING:
@@ -99,6 +99,19 @@ def check_head(head: str) -> None:
     """
     if head not in HEADS:
         raise ConfigError(f"there is no segmentation head {head!r}. {close_matches(head, list(HEADS))}")
+
+
+def published_settings(head: str) -> dict[str, Any]:
+    """What the settings that decide on the network's layers are where nobody says otherwise.
+
+    Raises:
+        ConfigError: There is no such head.
+    """
+    check_head(head)
+    published = {"pyramid_channels": SegmenterSettings.pyramid_channels, "head_channels": _HEAD_CHANNELS[head]}
+    if head == "deeplabv3":
+        published |= {"output_stride": _OUTPUT_STRIDE, "rates": list(RATES[_OUTPUT_STRIDE])}
+    return published
 
 
 def unread_settings(head: str, settings: SegmenterSettings) -> list[str]:
