@@ -41,14 +41,14 @@ class Deployed(nn.Module, ABC):
         device: Where the network is, and so where it is run.
 
     Attributes:
-        task: ``classification`` or ``detection``.
+        task: ``classification``, ``detection`` or ``segmentation``.
         input_names: Names of what `forward` takes, in order.
         output_names: Names of what `forward` returns, in order.
         parts: Names of submodules by part of a detector; all of them are called as modules. One may lie in another.
         dynamic_batch: Whether it can be exported for any batch size; otherwise the one that it is exported with counts.
     """
 
-    task: ClassVar[Literal["classification", "detection"]]
+    task: ClassVar[Literal["classification", "detection", "segmentation"]]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     parts: Mapping[str, tuple[str, ...]]
@@ -140,7 +140,7 @@ class DeployedClassifier(Deployed):
         std: Sequence[float],
         settings: Mapping[str, Any],
     ) -> None:
-        super().__init__(categories, mean, std, settings, _of_weights(network).device)
+        super().__init__(categories, mean, std, settings, of_weights(network).device)
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class DeployedClassifier(Deployed):
         Args:
             images: uint8 or float32 from 0 to 255 ``(B, 3, H, W)``, RGB.
         """
-        logits: Tensor = self.network(self._normalised(images).to(_of_weights(self.network).dtype))
+        logits: Tensor = self.network(self._normalised(images).to(of_weights(self.network).dtype))
         return logits.float().softmax(-1)
 
     def unpack(
@@ -162,7 +162,7 @@ class DeployedClassifier(Deployed):
 
     def example_inputs(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """See `Deployed.example_inputs`."""
-        return (_noise(batch, size),)
+        return (noise(batch, size),)
 
 
 class DeployedDetector(Deployed):
@@ -188,7 +188,7 @@ class DeployedDetector(Deployed):
         std: Sequence[float],
         settings: Mapping[str, Any],
     ) -> None:
-        super().__init__(categories, mean, std, {**settings, **_limits(detector)}, _of_weights(detector).device)
+        super().__init__(categories, mean, std, {**settings, **_limits(detector)}, of_weights(detector).device)
         self.detector = _fixed(detector)
         self.output_names = self.detector.outputs
         self.parts = {part: tuple(f"detector.{name}" for name in names) for part, names in self.detector.parts.items()}
@@ -207,7 +207,7 @@ class DeployedDetector(Deployed):
             ``(B, D, 28, 28)``, probabilities inside the boxes.
         """
         images = self._normalised(images)
-        images = images.masked_fill(~_inside(images, sizes), 0).to(_of_weights(self.detector).dtype)
+        images = images.masked_fill(~inside(images, sizes), 0).to(of_weights(self.detector).dtype)
         found: tuple[Tensor, ...] = self.detector(images, sizes, original_sizes)
         return found
 
@@ -220,7 +220,7 @@ class DeployedDetector(Deployed):
     def example_inputs(self, batch: int, size: tuple[int, int]) -> tuple[Tensor, ...]:
         """See `Deployed.example_inputs`; the images are neither padded nor resized."""
         sizes = torch.tensor([size] * batch)
-        return _noise(batch, size), sizes, sizes.clone()
+        return noise(batch, size), sizes, sizes.clone()
 
 
 def unpack_detections(
@@ -256,17 +256,17 @@ def unpack_detections(
     return found
 
 
-def _of_weights(module: nn.Module) -> Tensor:
+def of_weights(module: nn.Module) -> Tensor:
     """One of a network's weights, for their type (float32 unless it was cast) and for where they are."""
     return next(module.parameters())
 
 
-def _noise(batch: int, size: tuple[int, int]) -> Tensor:
+def noise(batch: int, size: tuple[int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=generator)
 
 
-def _inside(images: Tensor, sizes: Tensor) -> Tensor:
+def inside(images: Tensor, sizes: Tensor) -> Tensor:
     """Which pixels of a batch ``(B, C, H, W)`` are no padding ``(B, 1, H, W)``."""
     rows = torch.arange(images.shape[2], device=images.device)[:, None] < sizes[:, 0, None, None]
     columns = torch.arange(images.shape[3], device=images.device) < sizes[:, 1, None, None]

@@ -216,6 +216,24 @@ def _format_of(images: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
+def label_logits(
+    logits: Tensor, padded: Size, sizes: Sequence[Size], original_sizes: Sequence[Size], *, align_corners: bool
+) -> list[Tensor]:
+    """Label maps of images that were seen once and whole, as `Inference.label` gives them.
+
+    Args:
+        logits: ``(B, K, h, w)``.
+        padded: Height and width of the images, padding included, in pixels.
+        sizes: ``(height, width)`` of each image before padding, in pixels.
+        original_sizes: ``(height, width)`` of each file, which the label maps get.
+        align_corners: How logits are enlarged, see ``torch.nn.functional.interpolate``.
+    """
+    return [
+        best_labels([_View(size, [_Part(0, 0, padded, own)], mirrored=False, align_corners=align_corners)], original)
+        for own, size, original in zip(logits, sizes, original_sizes, strict=True)
+    ]
+
+
 def best_labels(views: Sequence[_View], size: Size) -> Tensor:
     """The most probable class of each pixel, over all views, int16 of the given size.
 
