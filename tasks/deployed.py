@@ -262,6 +262,7 @@ def of_weights(module: nn.Module) -> Tensor:
 
 
 def noise(batch: int, size: tuple[int, int]) -> Tensor:
+    """Images uint8 ``(B, 3, *size)``, always the same."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, generator=generator)
 
