@@ -56,8 +56,8 @@ def check_data(words: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="effvit check-data",
-        description="Find every fault of a data set, in COCO format or with a folder per class; exits with 1 if there "
-        "is one.",
+        description="Find every fault of a data set: in COCO format, with a folder per class, or of images with masks; "
+        "exits with 1 if there is one.",
         allow_abbrev=False,
     )
     parser.add_argument("root", help="folder of the data set, or a COCO annotation file")
@@ -66,15 +66,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip_images",
         action="store_true",
-        help="open no image file: check annotations or folders only (no damaged files, no duplicates)",
+        help="open no image file: check annotations or folders only (no damaged files, no duplicates, no masks)",
     )
     return parser
 
 
 def _reports(own: argparse.Namespace) -> Sequence[_Report]:
-    """One report for each split in COCO format, or one of all class folders."""
+    """One report for each split in COCO format, or one of all class folders, or of all images with masks."""
     from effvit.datamodules import inspect_coco
 
+    if _has_masks(Path(own.root)):
+        from effvit.datamodules import inspect_masks
+
+        if own.images is not None:
+            raise ConfigError(f"--images goes with a COCO annotation file, and {own.root} holds images with masks")
+        return [inspect_masks(own.root, own.split, not own.skip_images, _Progress())]
     if _has_class_folders(Path(own.root)):
         from effvit.datamodules import inspect_image_folder
 
@@ -83,6 +89,14 @@ def _reports(own: argparse.Namespace) -> Sequence[_Report]:
         return [inspect_image_folder(own.root, own.split, not own.skip_images, _Progress())]
     decode = not own.skip_images
     return [inspect_coco(json_file, images, decode_images=decode) for json_file, images in _coco_files(own)]
+
+
+def _has_masks(root: Path) -> bool:
+    """Whether a folder is a segmentation set; COCO annotations come first, as some sets have both."""
+    from effvit.datamodules import has_split
+    from effvit.datamodules.segmentation_inspection import has_masks
+
+    return not any(has_split(root, split) for split in _SPLITS) and has_masks(root)
 
 
 def _has_class_folders(root: Path) -> bool:
@@ -98,7 +112,7 @@ def _has_class_folders(root: Path) -> bool:
         return False
     if (root / "annotations").is_dir():
         return False
-    # A plain tree beside a JSON may be anything, such as images and masks.
+    # A plain tree beside a JSON may be anything.
     if ((root / "train").is_dir() or not any(root.glob("*.json"))) and has_class_folders(root):
         return True
     inside = sorted(entry.name for entry in root.iterdir())
@@ -107,6 +121,8 @@ def _has_class_folders(root: Path) -> bool:
         "  COCO annotations: annotations/instances_train2017.json, annotations/instances_train.json, "
         "train/_annotations.coco.json, and the same of val and test\n"
         "  class folders: train/<class>/<image>, or <class>/<image>; ImageNet's val/ with the devkit or Kaggle's file\n"
+        "  images with masks: images/train/ with masks/train/, train/images/ with train/masks/, images/ with masks/; "
+        "ADEChallengeData2016, VOCdevkit/VOC2012, Cityscapes\n"
         f"There is: {', '.join(inside[:12]) or 'nothing'}"
     )
 

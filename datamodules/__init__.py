@@ -1,4 +1,4 @@
-"""Data: detection sets in COCO format, classified images, the embedded digits, and the check of a data set.
+"""Data: detection sets in COCO format, classified images, images with masks, the digits, and the check of a data set.
 
 The names below load on first use, so that a command pays only for what it uses.
 """
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effvit.datamodules._layout import find_split, has_split
+    from effvit.datamodules.ade20k import ADE20K
     from effvit.datamodules.augmentation import Augmentation
+    from effvit.datamodules.cityscapes import Cityscapes
     from effvit.datamodules.coco import CocoDetection
     from effvit.datamodules.digit_images import DigitImages
     from effvit.datamodules.digits import HandwrittenDigits
@@ -22,11 +24,15 @@ if TYPE_CHECKING:
     from effvit.datamodules.inspection import DatasetReport, inspect_coco
     from effvit.datamodules.segmentation import SegmentationData
     from effvit.datamodules.segmentation_folder import SegmentationFolder
+    from effvit.datamodules.segmentation_inspection import MaskSetReport, inspect_masks
     from effvit.datamodules.segmented_digits import SegmentedDigits
     from effvit.datamodules.transfer import Transfer
+    from effvit.datamodules.voc import PascalVOC
 
 __all__ = [
+    "ADE20K",
     "Augmentation",
+    "Cityscapes",
     "ClassifiedFiles",
     "CocoDetection",
     "DatasetReport",
@@ -37,6 +43,8 @@ __all__ = [
     "ImageFolderReport",
     "ImageNet",
     "ImageShards",
+    "MaskSetReport",
+    "PascalVOC",
     "SegmentationData",
     "SegmentationFolder",
     "SegmentedDigits",
@@ -45,10 +53,13 @@ __all__ = [
     "has_split",
     "inspect_coco",
     "inspect_image_folder",
+    "inspect_masks",
 ]
 
 _HOMES = {
+    "ADE20K": "ade20k",
     "Augmentation": "augmentation",
+    "Cityscapes": "cityscapes",
     "ClassifiedFiles": "images",
     "CocoDetection": "coco",
     "DatasetReport": "inspection",
@@ -59,6 +70,8 @@ _HOMES = {
     "ImageFolderReport": "image_inspection",
     "ImageNet": "imagenet",
     "ImageShards": "image_shards",
+    "MaskSetReport": "segmentation_inspection",
+    "PascalVOC": "voc",
     "SegmentationData": "segmentation",
     "SegmentationFolder": "segmentation_folder",
     "SegmentedDigits": "segmented_digits",
@@ -67,6 +80,7 @@ _HOMES = {
     "has_split": "_layout",
     "inspect_coco": "inspection",
     "inspect_image_folder": "image_inspection",
+    "inspect_masks": "segmentation_inspection",
 }
 
 

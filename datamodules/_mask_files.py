@@ -95,18 +95,36 @@ class MaskFiles(MaskSource):
 
     def read(self, index: int) -> tuple[Pixels, Labels]:
         """The decoded files."""
-        path = self.root / self.mask_name(index)
-        values = read_values(path)
-        image = read_paired_image(self.root / self.name(index), path, (values.shape[1], values.shape[0]))
-        if values.ndim == 3 and not self.classes.colours:
-            values = single_channel(values, path)
-        labels, unknown = self.classes.labels(values)
+        image, labels, unknown = decode_pair(self.root, MaskPair(self.name(index), self.mask_name(index)), self.classes)
         if unknown and self.unknown == "error":
             raise UnknownValueError(
-                f"mask {path} has {self.classes.explain_unknown(unknown)}. Declare them, or pass `--data.ignore` or "
-                "`--data.merge` where the data module has it, or `--data.unknown ignore`"
+                f"mask {self.root / self.mask_name(index)} has {self.classes.explain_unknown(unknown)}. Declare them, "
+                "or pass `--data.ignore` or `--data.merge` where the data module has it, or `--data.unknown ignore`"
             )
         return image, labels
+
+
+def decode_pair(root: Path, pair: MaskPair, classes: MaskClasses) -> tuple[Pixels, Labels, dict[str, int]]:
+    """Decodes an image and its mask.
+
+    Args:
+        root: What their names are relative to.
+        pair: The files.
+        classes: What pixel values mean.
+
+    Returns:
+        The image, uint8 RGB ``(H, W, 3)``; its labels, int16 ``(H, W)``; and the number of pixels of each value that is
+        no class, which have no label.
+
+    Raises:
+        DatasetError: A file is missing or damaged, or the mask is of another size.
+    """
+    path = root / pair.mask
+    values = read_values(path)
+    image = read_paired_image(root / pair.image, path, (values.shape[1], values.shape[0]))
+    if values.ndim == 3 and not classes.colours:
+        values = single_channel(values, path)
+    return image, *classes.labels(values)
 
 
 def read_values(path: Path) -> Array:

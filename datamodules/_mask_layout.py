@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +114,34 @@ def pair_up(root: Path, folders: Folders) -> Listing:
         if stem not in images
     ]
     return Listing(pairs, faults)
+
+
+def existing_pairs(root: Path, pairs: Sequence[MaskPair]) -> Listing:
+    """Those of some pairs of which both files are there.
+
+    Args:
+        root: What names are relative to.
+        pairs: What there should be.
+    """
+    listings: dict[str, set[str]] = {}  # one listing a folder, as asking for each file is slow on network drives
+
+    def is_there(name: str) -> bool:
+        place, file = os.path.split(name)
+        if place not in listings:
+            folder = root / place
+            listings[place] = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        return file in listings[place]
+
+    found: list[MaskPair] = []
+    faults: list[Fault] = []
+    for pair in pairs:
+        missing = [name for name in pair if not is_there(name)]
+        if missing:
+            kind = "no-image" if missing[0] == pair.image else "no-mask"
+            faults.append(Fault(kind, f"there is no file {' and no '.join(missing)} in {root}", file=pair.image))
+        else:
+            found.append(pair)
+    return Listing(found, faults)
 
 
 def _by_stem(root: Path, folder: Path) -> dict[str, str]:

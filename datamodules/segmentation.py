@@ -233,8 +233,18 @@ class SegmentationData(DataModule, ABC):
 class MaskFilesData(SegmentationData):
     """Base of those whose masks are files: a subclass lists the pairs of a split."""
 
+    @property
+    def home(self) -> Path:
+        """The folder that names of files are relative to."""
+        return self.root
+
+    @property
     @abstractmethod
-    def _list(self, split: str) -> Listing:
+    def splits(self) -> list[str]:
+        """The splits that are there, of "train", "val" and "test"."""
+
+    @abstractmethod
+    def list_pairs(self, split: str) -> Listing:
         """The pairs of a split, and what lacks a partner.
 
         Raises:
@@ -243,15 +253,15 @@ class MaskFilesData(SegmentationData):
 
     def _open(self, splits: Sequence[str]) -> dict[str, MaskSource]:
         classes = self.classes
-        listings = {split: self._list(split) for split in splits}
+        listings = {split: self.list_pairs(split) for split in splits}
         faults = {
-            split: [*listing.faults, *header_faults(self.root, listing.pairs)] for split, listing in listings.items()
+            split: [*listing.faults, *header_faults(self.home, listing.pairs)] for split, listing in listings.items()
         }
         if self.faults == "error" and any(faults.values()):
-            raise DatasetError(_fault_report(self.root, faults))
+            raise DatasetError(_fault_report(self.home, faults))
         opened: dict[str, MaskSource] = {}
         for split, listing in listings.items():
-            opened[split] = MaskFiles(self.root, self._sound(split, listing, faults[split]), classes, self.unknown)
+            opened[split] = MaskFiles(self.home, self._sound(split, listing, faults[split]), classes, self.unknown)
         return opened
 
     def _sound(self, split: str, listing: Listing, faults: list[Fault]) -> list[MaskPair]:
@@ -260,9 +270,9 @@ class MaskFilesData(SegmentationData):
         pairs = [pair for pair in listing.pairs if pair.image not in bad]
         total = len(listing.pairs) + len(listing.faults)
         if faults:
-            _log.warning("%s split of %s: left out by policy 'skip': %s", split, self.root, count_kinds(faults))
+            _log.warning("%s split of %s: left out by policy 'skip': %s", split, self.home, count_kinds(faults))
         if not pairs:
-            raise DatasetError(f"the {split} split of {self.root} has no image that can be used, of {total}")
+            raise DatasetError(f"the {split} split of {self.home} has no image that can be used, of {total}")
         # `effvit tables segmentation` reads this line from the log of a run, to tell the published data from other.
         _log.info("%s split: %d of %d images, %d categories", split, len(pairs), total, len(self.classes))
         return pairs

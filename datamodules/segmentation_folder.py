@@ -122,7 +122,13 @@ class SegmentationFolder(MaskFilesData):
     def _has(self, split: str) -> bool:
         return split in self._folders or (split == "val" and "train" in self._folders)
 
-    def _list(self, split: str) -> Listing:
+    @property
+    def splits(self) -> list[str]:
+        """The splits that are there, or that a part of the images is held out for."""
+        return [split for split in ("train", "val", "test") if self._has(split)]
+
+    def list_pairs(self, split: str) -> Listing:
+        """The pairs of a split, and what lacks a partner."""
         if not self._has(split):
             raise DatasetError(
                 f"{self.root} has no {split} split, only {' and '.join(self._folders)}; it needs images/{split} and "
