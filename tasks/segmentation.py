@@ -27,10 +27,13 @@ from effvit.tasks.losses.segmentation import SegmentationLoss
 from effvit.tasks.metrics.segmentation import SegmentationEvaluator, SegmentationResult
 from effvit.tasks.segmenters._inference import Inference
 from effvit.tasks.segmenters.factory import SegmenterSettings, make_segmenter, unread_settings
+from effvit.tasks.segmenters.published import backbone_options_in, is_published, load_published
 
 _log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, list[dict[str, Any]]]
+
+_BACKBONE = "segmenter.backbone."
 
 
 class Segmentation(Task):
@@ -144,7 +147,7 @@ class Segmentation(Task):
         )
         for name in unread_settings(head, settings):
             _log.warning("the head %s does not read %s", head, name)
-        published = None
+        published = read_published(checkpoint, is_published)
         if published is not None:
             # As the network was of which these weights are; a checkpoint of this run is rebuilt without their file.
             backbone_options = {**backbone_options_in(published, backbone), **(backbone_options or {})}
@@ -168,8 +171,6 @@ class Segmentation(Task):
         )
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.segmenter.to(memory_format=self.memory_format)
-        own = {module: name for name, module in self.named_modules(remove_duplicate=False)}
-        self._backbone_prefix = f"{own[self.backbone]}."
         self.evaluator = SegmentationEvaluator(num_classes)
         self.result: SegmentationResult | None = None
         if published is not None:
@@ -184,7 +185,7 @@ class Segmentation(Task):
 
     def group_of(self, name: str, parameter: nn.Parameter) -> Group:
         """Decay, and the factor on the learning rate, of a parameter."""
-        inside = name.removeprefix(self._backbone_prefix)
+        inside = name.removeprefix(_BACKBONE)
         exempt = parameter.dim() <= 1 or (inside != name and inside in self.backbone.no_weight_decay())
         return Group(self.decay_all or not exempt, 1.0 if inside != name else self.head_lr_scale)
 

@@ -121,9 +121,7 @@ class SegmentationEvaluator:
         counts, twice = _once_each(parts)
         result = _evaluate(counts)
         if twice and rank == 0:
-            _log.warning(
-                "%d images were seen by several processes and count as often: the sampler repeats too many", twice
-            )
+            _log.warning("%d images were seen by several processes and count as often: the sampler repeats them", twice)
         if result.not_finite and rank == 0:
             _log.warning(
                 "the network has diverged: its logits are NaN or infinite for %d of %d labelled pixels, which count as "
