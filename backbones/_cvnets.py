@@ -85,10 +85,10 @@ class CVNetVariant(VariantInfo):
 class CVNet(Backbone):
     """The trunk of both families.
 
-    Maps ``"c1"`` to ``"c5"`` are the outputs of the five stages, strides 2 to 32, or up to `output_stride`: then a stage
-    that would go beyond keeps the size of its input instead, and the one after it, and in MobileViTv2 its own attention
-    block, dilate one convolution for each halving that was left out (apple/ml-cvnets, ``_make_mit_layer``). So with 16
-    only MobileViTv2 dilates anything.
+    Maps ``"c1"`` to ``"c5"`` are the outputs of the five stages, strides 2 to 32, or up to `output_stride`. A stage
+    that would go beyond that keeps the size of its input, and the convolutions after it are dilated in its place, where
+    Apple's are (``_make_mit_layer`` in apple/ml-cvnets): the depthwise one of the next stage's first block, and in
+    MobileViTv2 that of the attention blocks. So at 16 nothing in MobileViT is dilated.
 
     Args:
         variant: A row of the family's table.
@@ -105,6 +105,7 @@ class CVNet(Backbone):
     """
 
     published_order: ClassVar[ChannelOrder]
+    open_sides = range(64, 4097, 32)
 
     def __init__(self, variant: CVNetVariant, *, channel_order: ChannelOrder = "auto", output_stride: int = 32) -> None:
         super().__init__()

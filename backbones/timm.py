@@ -3,7 +3,8 @@
 timm (github.com/huggingface/pytorch-image-models) is an extra, ``pip install "effvit[timm]"``, and only imported for
 these names. What a network is, is found out by building it without weights (torch's meta device) and looking at it:
 
-* Of several maps at one stride, the last is kept; a plain ViT so has one map, ``"c4"``.
+* Of several maps at one stride, the last is kept; a plain ViT so has one map, ``"c4"``. With the option
+  ``output_stride``, where a network has it, all are kept: a dilated stage has the key that it has without.
 * Where the network rounds map sizes down or only takes multiples of its patch, images are padded with zeros at the
   bottom and the right, and the maps cut. A network that only takes the size that it was built for says so.
 * Parameters and MACs are counted with a head of 1000 classes. Accuracies are timm's to publish, not ours.
@@ -35,6 +36,7 @@ PREFIX = "timm/"
 _OURS_TO_SET = {"pretrained", "num_classes", "in_chans", "features_only", "global_pool"}
 _ANY_SIZE = {"dynamic_img_size": True, "strict_img_size": False}
 _HEADS = ("head", "head_dist")
+_DILATION = "output_stride"
 #: Names that timm's networks give to their linear classifier.
 _CLASSIFIER = re.compile(r"^(?:fc|classifier|last_linear|head|head\.fc|head\.l)\.(weight|bias)$")
 #: timm's BatchNorm before the linear layer, and the second head of distilled networks.
@@ -232,10 +234,14 @@ def _make(name: str, options: Mapping[str, Any]) -> Any:
     try:
         return timm.create_model(bare, pretrained=False, **options)
     except TypeError as error:
-        found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        found = re.search(r"unexpected keyword argument(?:\(s\): \[| )'(\w+)'", str(error))
         if found is None:
             raise
         raise ConfigError(f"{name} has no option {found[1]!r}") from error
+    except AssertionError as error:  # how timm refuses a stride
+        if _DILATION not in options:
+            raise
+        raise ConfigError(f"{name} cannot be built with {_DILATION}={options[_DILATION]}") from error
     except RuntimeError as error:
         if "tag" not in str(error):
             raise
@@ -278,7 +284,7 @@ def _study_once(name: str, overrides: tuple[tuple[str, Any], ...]) -> _Facts:
         whole = _make(name, {**options, "num_classes": 1000}).eval()
         cfg: dict[str, Any] = model.pretrained_cfg
         size = _input_size(options, cfg)
-        indices, maps = _find_maps(name, model, size)
+        indices, maps = _find_maps(name, model, size, dilated=_DILATION in options)
         images = torch.zeros(1, 3, *size)
         with torch.no_grad():
             features = model.forward_head(model.forward_features(images), pre_logits=True)
@@ -347,21 +353,26 @@ def _intermediates(model: Any, images: Tensor, indices: Sequence[int] | None) ->
     return found
 
 
-def _find_maps(name: str, model: Any, size: tuple[int, int]) -> tuple[list[int], tuple[FeatureMap, ...]]:
-    """The last map of each stride: its place among timm's intermediates, and what it is."""
+def _find_maps(
+    name: str, model: Any, size: tuple[int, int], *, dilated: bool
+) -> tuple[list[int], tuple[FeatureMap, ...]]:
+    """The last map of each stride, or of a dilated network every map: its place among timm's, and what it is."""
     if not hasattr(model, "forward_intermediates"):
         raise ConfigError(f"{name} gives no feature maps, so it cannot be a backbone")
     with torch.no_grad():
         found = _intermediates(model, torch.zeros(1, 3, *size), None)
-    last: dict[int, int] = {}
+    kept: dict[int, tuple[int, FeatureMap]] = {}
+    before = FeatureMap("c0", 3, 1)
     for index, (feature, known) in enumerate(zip(found, model.feature_info, strict=True)):
         stride = int(known["reduction"])
         if feature.ndim != 4 or stride & (stride - 1):
             raise ConfigError(f"{name} has maps of stride {stride}; a pyramid needs powers of two")
-        last[stride] = index
-    strides = sorted(last)
-    maps = tuple(FeatureMap(f"c{stride.bit_length() - 1}", found[last[stride]].shape[1], stride) for stride in strides)
-    return [last[stride] for stride in strides], maps
+        again = dilated and stride == before.stride
+        level = int(before.level[1:]) + 1 if again else stride.bit_length() - 1
+        before = FeatureMap(f"c{level}", feature.shape[1], stride)
+        kept[level] = (index, before)
+    levels = sorted(kept)
+    return [kept[level][0] for level in levels], tuple(kept[level][1] for level in levels)
 
 
 def _multiple(model: Any, indices: list[int], maps: tuple[FeatureMap, ...]) -> int:

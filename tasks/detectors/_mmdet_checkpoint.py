@@ -14,6 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from effvit.backbones import FeaturePyramid, LoadReport, outline
 from effvit.backbones import load_state as load_backbone
 from effvit.errors import CheckpointError
+from effvit.tasks._published import (
+    differences,
+    load_trunk,
+    neck_rules,
+    reads_other_maps,
+    renamed,
+    some,
+    whole_report,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -26,7 +35,6 @@ if TYPE_CHECKING:
 #: The heads of a detector there, after any prefix such as DistributedDataParallel's; torchvision has roi_heads.
 _ROOT = re.compile(r"^((?:(?!roi_heads\.)\w+\.)*?)(?:roi_head|rpn_head|bbox_head|mask_head|panoptic_head)\.")
 _BACKBONE = "pyramid.backbone."
-_NAMED = 3
 
 # What our heads, which are torchvision's, are called there.
 _HEADS = (
@@ -103,58 +111,19 @@ def load_mmdet(detector: Detector, state: Mapping[str, Tensor], source: str | Pa
     assert isinstance(pyramid, FeaturePyramid)
     backbone = pyramid.backbone
     trunk = {name: value for name, value in entries.items() if name.startswith("backbone.")}
-    if _reads_other_maps(pyramid, theirs, entries):
+    if reads_other_maps(pyramid, "pyramid.", theirs, entries):
         load_backbone(backbone, trunk, source)  # which fails, and says whose weights these are
     _check_layers(detector, theirs, entries, source)
-    report = load_backbone(backbone, trunk, source)
-    lost = [name for name in report.missing if not name.startswith(backbone.embed_only)]
-    if lost:
-        raise CheckpointError(
-            f"{source} has no weights for {_some(lost)} of {backbone.info.name}, which a detector's file does have: it "
-            "was trained with other options of the backbone"
-        )
+    report = load_trunk(backbone, trunk, source, "a detector")
     detector.load_state_dict({name: entries[key] for name, key in theirs.items()}, strict=False)
-    return LoadReport(
-        matched=(*_within(report.matched), *theirs),
-        missing=_within(report.missing),
-        unexpected=tuple(prefix + name for name in report.unexpected),
-        resized=_within(report.resized),
-        mismatched=_within(report.mismatched),
-    )
-
-
-def _within(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of the backbone as the detector's."""
-    return tuple(_BACKBONE + name for name in names)
+    return whole_report(report, _BACKBONE, theirs, prefix)
 
 
 def _counterparts(detector: Detector, entries: Iterable[str]) -> dict[str, str]:
     """For each entry of ours outside the backbone, its name there; our own where there is none."""
     pyramid = getattr(detector, "pyramid", None)
-    neck = _neck(pyramid, entries) if isinstance(pyramid, FeaturePyramid) else []
-    rules = [*neck, *_HEADS]
-    names = {}
-    for name in detector.state_dict():
-        if not name.startswith(_BACKBONE):
-            names[name] = next((re.sub(old, new, name) for old, new in rules if re.match(old, name)), name)
-    return names
-
-
-def _neck(pyramid: FeaturePyramid, entries: Iterable[str]) -> list[tuple[str, str]]:
-    """The rules for a pyramid: those of ``FPN``, the official ``EfficientViTFPN``, or ``effvit.FeaturePyramid``."""
-    own = next((found for name in entries if (found := re.match(r"neck\.(.*?)(laterals|simple)\.p\d", name))), None)
-    if own is not None:
-        extra = [(rf"^pyramid\.downsamplers\.{p}\.", f"neck.extra.{i}.") for i, p in enumerate(pyramid.downsamplers)]
-        return [*extra, (r"^pyramid\.", f"neck.{own[1]}")]
-    laterals, finer = list(pyramid.laterals), list(pyramid.upsamplers)
-    parts = {f"laterals.{level}": f"lateral_convs.{i}" for i, level in enumerate(laterals)}
-    parts |= {f"outputs.{level}": f"fpn_convs.{i}" for i, level in enumerate(laterals)}
-    parts |= {f"downsamplers.{p}": f"fpn_convs.{i}" for i, p in enumerate(pyramid.downsamplers, len(laterals))}
-    # The official code counts the transposed convolutions in the order of the computation, from coarse to fine, and the
-    # convolutions on their outputs in the order of the levels, from fine to coarse.
-    parts |= {f"upsamplers.{level}": f"extra_trans_convs.{i}" for i, level in enumerate(finer)}
-    parts |= {f"outputs.{level}": f"extra_fpn_convs.{i}" for i, level in enumerate(reversed(finer))}
-    return [(rf"^pyramid\.{re.escape(ours)}\.", f"neck.{theirs}.conv.") for ours, theirs in parts.items()]
+    neck = neck_rules(pyramid, "pyramid.", entries) if isinstance(pyramid, FeaturePyramid) else []
+    return renamed((name for name in detector.state_dict() if not name.startswith(_BACKBONE)), [*neck, *_HEADS])
 
 
 def _kind_of(names: Iterable[str]) -> _Kind | None:
@@ -177,7 +146,7 @@ def _check_kind(ours: Iterable[str], entries: Mapping[str, Tensor], source: str 
     if given is None:
         heads = sorted({".".join(name.split(".")[:2]) for name in entries if _ROOT.match(name)})
         raise CheckpointError(
-            f"{source} holds a detector of MMDetection that is none of ours ({_some(heads)}): use it with its "
+            f"{source} holds a detector of MMDetection that is none of ours ({some(heads)}): use it with its "
             "configuration, --model.detector mmdet --model.mmdet_config FILE"
         )
     if given != wanted:
@@ -209,14 +178,6 @@ def _check_classes(
             )
 
 
-def _reads_other_maps(pyramid: FeaturePyramid, theirs: Mapping[str, str], entries: Mapping[str, Tensor]) -> bool:
-    """Whether the file's pyramid is on maps of other widths than ours."""
-    names = [f"laterals.{level}.weight" for level in pyramid.laterals]
-    keys = [theirs[f"pyramid.{name}"] for name in names]
-    own = {key: pyramid.get_parameter(name).shape[1] for key, name in zip(keys, names, strict=True)}
-    return any(key in entries and entries[key].shape[1] != width for key, width in own.items())
-
-
 def _check_layers(
     detector: Detector, theirs: Mapping[str, str], entries: Mapping[str, Tensor], source: str | Path
 ) -> None:
@@ -225,26 +186,10 @@ def _check_layers(
     Raises:
         CheckpointError: It has; missing, additional or of another shape.
     """
-    own = detector.state_dict()
-    missing = [key for key in theirs.values() if key not in entries]
-    known = {*theirs.values()}
-    unread = [
-        name for name in entries if name not in known and not name.startswith(("backbone.", "data_preprocessor."))
-    ]
-    odd = [
-        f"{key} {tuple(entries[key].shape)} for {tuple(own[name].shape)}"
-        for name, key in theirs.items()
-        if key in entries and entries[key].shape != own[name].shape
-    ]
-    titles = {"it lacks": missing, "it also has": unread, "of another shape are": odd}
-    wrong = "; ".join(f"{title} {_some(names)}" for title, names in titles.items() if names)
+    heads = {name: value for name, value in entries.items() if not name.startswith(("backbone.", "data_preprocessor."))}
+    wrong = differences(detector.state_dict(), theirs, heads)
     if wrong:
         raise CheckpointError(
             f"{source} has another pyramid or other heads than this detector, whose pyramid_channels, head_convs and "
             f"head_channels must be the file's, and whose backbone must have the same strides: {wrong}"
         )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
