@@ -55,7 +55,10 @@ def renamed(names: Iterable[str], rules: Iterable[Rule]) -> dict[str, str]:
 
 def reads_other_maps(neck: Neck, own: str, theirs: Mapping[str, str], entries: Mapping[str, Tensor]) -> bool:
     """Whether the file's pyramid is on maps of other widths than ours, whose parameters begin with `own`."""
-    widths = {theirs[f"{own}laterals.{level}.weight"]: conv.weight.shape[1] for level, conv in neck.laterals.items()}
+    widths = {
+        theirs[f"{own}laterals.{level}.weight"]: neck.get_parameter(f"laterals.{level}.weight").shape[1]
+        for level in neck.laterals
+    }
     return any(key in entries and entries[key].shape[1] != width for key, width in widths.items())
 
 

@@ -108,7 +108,10 @@ def published_settings(head: str) -> dict[str, Any]:
         ConfigError: There is no such head.
     """
     check_head(head)
-    published = {"pyramid_channels": SegmenterSettings.pyramid_channels, "head_channels": _HEAD_CHANNELS[head]}
+    published: dict[str, Any] = {
+        "pyramid_channels": SegmenterSettings.pyramid_channels,
+        "head_channels": _HEAD_CHANNELS[head],
+    }
     if head == "deeplabv3":
         published |= {"output_stride": _OUTPUT_STRIDE, "rates": list(RATES[_OUTPUT_STRIDE])}
     return published
