@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 from effvit.errors import ConfigError, EffvitError, close_matches
 
@@ -33,6 +36,8 @@ Every setting can be given on the command line, for example --model.backbone eff
 """
 
 _INTERRUPTED = 128 + 2  # as a shell has it of SIGINT
+_TERMINATED = 128 + 15
+_TRAINERS = ("fit", "validate", "test", "predict")  # verbs that run Lightning's Trainer, which minds SIGTERM itself
 
 
 def _train(verb: str) -> Callable[[list[str]], int]:
@@ -108,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: Always: 0 if all went well, 1 if the command failed, 2 if it was not understood, 130
-            after Ctrl-C.
+            after Ctrl-C, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in {"-h", "--help", "help"}:
@@ -120,13 +125,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"effvit {__version__}")
         raise SystemExit(0)
     try:
-        raise SystemExit(_verb(words[0])(words[1:]))
+        verb = _verb(words[0])
+        with contextlib.nullcontext() if words[0] in _TRAINERS else _terminable():
+            raise SystemExit(verb(words[1:]))
     except EffvitError as error:
         print(f"effvit: {_own_words(error)}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
     except KeyboardInterrupt:
         print("effvit: interrupted", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends what runs inside as an exit does, so that it removes its temporary folders."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(_TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _own_words(error: EffvitError) -> str:

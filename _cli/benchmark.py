@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from effvit._cli.allocator import tune_allocator
 from effvit._cli.launch import make_folder, unused
 from effvit._cli.subjects import KINDS, checkpoint_subject, image_size, named_subject, parse_spec
+from effvit.deploy.protocols import ROUNDS, SECONDS
 from effvit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ cost does not depend on the weights.
 #: Runtimes where none are asked for: these, and of the others those that are installed and take seconds to prepare.
 _ALWAYS = ("eager", "fused")
 _WHERE_INSTALLED = ("onnx", "openvino")
-_ROUNDS, _SECONDS = 9, 0.2
 #: Options that say how a time is measured, which a profile does in its own way, and those that telephones' files fix.
 _OF_TIMES = ("protocol", "runtimes", "precisions", "rounds", "seconds", "no_memory")
 _NOT_MOBILE = ("checkpoint", "runtimes", "precisions", "batch_sizes", "image_size", "device", "threads", "no_memory")
@@ -90,8 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=_positive, help="threads on the CPU (1)")
     parser.add_argument("--protocol", metavar="NAME", help="measure as a paper did, beside its figures")
     parser.add_argument("--profile", action="store_true", help="where the time goes, by kind of work and by block")
-    parser.add_argument("--rounds", type=_positive, help=f"visits of each network and runtime ({_ROUNDS})")
-    parser.add_argument("--seconds", type=_seconds, help=f"seconds of a visit, one batch at least ({_SECONDS})")
+    parser.add_argument("--rounds", type=_positive, help=f"visits of each network and runtime ({ROUNDS})")
+    parser.add_argument("--seconds", type=_seconds, help=f"seconds of a visit, one batch at least ({SECONDS})")
     parser.add_argument("--no_memory", action="store_true", help="leave out peak memory, which takes a process each")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (runs/benchmark)")
     parser.add_argument("--allocator", choices=("tuned", "default"), default="default", help="see effvit fit --help")
@@ -187,8 +187,8 @@ def _measure(
         precisions=precisions,
         device=own.device or "cpu",
         threads=own.threads or 1,
-        rounds=own.rounds or _ROUNDS,
-        seconds=own.seconds or _SECONDS,
+        rounds=own.rounds or ROUNDS,
+        seconds=own.seconds or SECONDS,
         memory=not own.no_memory,
         progress=lambda line: print(line, file=sys.stderr, flush=True),
     )
@@ -235,7 +235,7 @@ def _run_protocol(own: argparse.Namespace, words: Sequence[str]) -> int:
         from effvit._cli.mobile import measure_mobile
 
         specs = [parse_spec(text) for text in own.models or _models(protocol)]
-        report = measure_mobile(specs, output, rounds=own.rounds or _ROUNDS, seconds=own.seconds or _SECONDS)
+        report = measure_mobile(specs, output, rounds=own.rounds or ROUNDS, seconds=own.seconds or SECONDS)
         report = replace(report, command=_command(words))
     else:
         departures = _departures(own, protocol)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from effvit.deploy._fit import PeakOfTensors, is_out_of_memory
+from effvit.deploy._fit import PeakOfTensors, is_out_of_memory, kept_tensors
 from effvit.deploy.flops import count_macs
 from effvit.deploy.records import Record, Subject
 from effvit.deploy.statistics import summarise
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 #: What ``peak_memory`` of the records is, by type of device; `effvit benchmark` measures a process on a CPU.
 MEMORY_COUNTED = {
-    "cpu": "tensors alive at once that a forward pass makes, without what operators use inside",
+    "cpu": "tensors alive at once that a forward pass makes or keeps, without what operators use inside",
     "cuda": "what torch's allocator hands out at most during a forward pass, above weights and inputs",
 }
 
@@ -37,7 +37,7 @@ def measure(
     """Measures a network as it is, on the device where it is, all batch sizes in the same rounds.
 
     Args:
-        subject: The network, in the mode in which it is to be measured.
+        subject: The network, in eval mode.
         batches: Batch sizes.
         device: Where it is.
         precision: What the records say of it.
@@ -108,11 +108,11 @@ def _first_pass(call: _Call, device: torch.device) -> _FirstPass:
 
 
 class _Call:
-    """One forward pass on inputs of its own, which are made for the first one.
+    """One forward pass on inputs of its own.
 
     Attributes:
         batch: Images.
-        inputs: What the network takes.
+        inputs: What the network takes; empty until `make_inputs`.
     """
 
     def __init__(self, subject: Subject, batch: int, place: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]) -> None:
@@ -121,8 +121,12 @@ class _Call:
         self._subject = subject
         self._place = place
 
+    def make_inputs(self) -> None:
+        """Also lets the network forget the tables that it keeps: each batch size is measured with its own."""
+        self.inputs = self._place(self._subject.make_inputs(self.batch))
+        self._subject.module.eval()
+
     def __call__(self) -> Any:
-        self.inputs = self.inputs or self._place(self._subject.make_inputs(self.batch))
         return self._subject.module(*self.inputs)
 
 
@@ -131,13 +135,13 @@ def _peak_memory(call: _Call, device: torch.device) -> int:
 
     Which bytes these are, `MEMORY_COUNTED` says.
     """
-    call()  # makes the inputs, and on a GPU the workspaces of the libraries
+    call.make_inputs()
+    kept = kept_tensors(call)  # on a GPU this also makes the workspaces of the libraries
     if device.type != "cuda":
         with PeakOfTensors() as live:
             call()
-        found: int = live.peak
-        return found
+        return kept + int(live.peak)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     call()
-    return torch.cuda.max_memory_allocated(device) - before
+    return kept + torch.cuda.max_memory_allocated(device) - before

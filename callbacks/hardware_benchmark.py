@@ -45,8 +45,10 @@ class HardwareBenchmark(Callback):
     that are alive at once. ``effvit benchmark`` measures the whole process on a CPU, with what operators use inside
     and what the allocator keeps, so the two are not to be compared there.
 
-    At validations the weights are those that are evaluated: averaged ones, where this callback stands before ``EMA``,
-    as those that are named on the command line do. At the end of the training they are those of the optimizer.
+    A training is measured at its last validation, in the same row of the loggers as the accuracy, with the weights
+    that are evaluated: averaged ones, where this callback stands before ``EMA``, as those that are named on the command
+    line do. A training that ends otherwise (early stopping, no validation at its end) is measured after it, with the
+    weights of the optimizer; what they cost is the same.
 
     The loggers get ``hardware/latency_ms_b1`` (the median), ``hardware/throughput_b1`` (images a second),
     ``hardware/peak_memory_mb_b1`` (10**6 bytes), and the same for other batch sizes, ``hardware/params_m`` and
@@ -151,11 +153,10 @@ class HardwareBenchmark(Callback):
         """Measures where it is time to."""
         if trainer.sanity_checking:
             return
-        if trainer.state.fn == TrainerFn.FITTING:
-            epochs = trainer.current_epoch + 1
-            if not self.every_n_epochs or epochs - self._epochs < self.every_n_epochs:
-                return
-            self._epochs = epochs - epochs % self.every_n_epochs
+        if trainer.state.fn == TrainerFn.FITTING and not (
+            self._is_time(trainer.current_epoch + 1) or _is_last(trainer)
+        ):
+            return
         # Equal in all processes; the mean of equal numbers keeps Lightning quiet.
         pl_module.log_dict(self._measure(trainer, pl_module), sync_dist=True)
 
@@ -164,14 +165,21 @@ class HardwareBenchmark(Callback):
         pl_module.log_dict(self._measure(trainer, pl_module), sync_dist=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures, unless the last validation has just done so; later the Trainer has moved the model to the CPU."""
+        """Measures, unless a validation has just done so; later the Trainer has moved the model to the CPU."""
         if self._step == trainer.global_step:
             return
         metrics = self._measure(trainer, pl_module)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))  # as the Trainer counts in its own rows
             logger.save()
+
+    def _is_time(self, epochs: int) -> bool:
+        """Whether to measure at the validation after so many epochs; if so, that is noted."""
+        if not self.every_n_epochs or epochs - self._epochs < self.every_n_epochs:
+            return False
+        self._epochs = epochs - epochs % self.every_n_epochs
+        return True
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """The metrics, the same ones in all processes."""
@@ -260,6 +268,12 @@ def _check(pl_module: LightningModule, image_size: tuple[int, int] | None) -> No
         raise ConfigError(
             f"HardwareBenchmark measures a {type(pl_module).__name__} on its example_input_array: leave image_size out"
         )
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether a training is known to end with this validation."""
+    epochs_end = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+    return epochs_end or trainer.global_step == trainer.max_steps
 
 
 def _view(pl_module: LightningModule) -> Any:

@@ -29,12 +29,13 @@ class PeakOfTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         peak: In bytes.
+        now: Bytes of those that are alive.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak: int = 0
-        self._now: int = 0
+        self.now: int = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(
@@ -53,12 +54,23 @@ class PeakOfTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._known.add(storage)
         size = storage.nbytes()
-        self._now += size
-        self.peak = max(self.peak, self._now)
+        self.now += size
+        self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._gone, size)
 
     def _gone(self, size: int) -> None:
-        self._now -= size
+        self.now -= size
+
+
+def kept_tensors(call: Callable[[], Any]) -> int:
+    """Bytes of the tensors that a call makes and somebody keeps, such as tables for the shape of a map.
+
+    Args:
+        call: A network's first forward pass; what it returns is let go of.
+    """
+    with PeakOfTensors() as live:
+        call()
+    return int(live.now)
 
 
 def tensor_bytes(tensors: Sequence[Tensor]) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from effvit.deploy._formats_source import METADATA_KEY, Run, Source, as_list, graph_of, quiet
 
@@ -88,10 +90,29 @@ def open_coreml(path: Path, threads: int | None) -> Run:  # noqa: ARG001 - every
     return run
 
 
+class _Contiguous(TorchFunctionMode):
+    """A request for channels-last memory, a matter of speed in torch, becomes one for torch's usual layout."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if given.get("memory_format") is torch.channels_last:
+            given["memory_format"] = torch.contiguous_format
+        return func(*args, **given)
+
+
 def write_executorch(source: Source, path: Path, text: str) -> None:
     """Writes a program for ExecuTorch's XNNPACK backend; the metadata is a method of its own that returns the text."""
-    source.module.to(memory_format=torch.contiguous_format)  # XNNPACK's kernels take no other
-    graph = graph_of(source)
+    # Between XNNPACK's parts run kernels that want one layout of all their tensors: a map in channels-last memory of
+    # which every second cell is taken ends the run (slice_copy, ExecuTorch 1.5).
+    source.module.to(memory_format=torch.contiguous_format)
+    with _Contiguous():
+        graph = graph_of(source)
     with quiet():
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower

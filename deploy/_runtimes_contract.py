@@ -48,7 +48,8 @@ class Prepared:
         seconds: What conversion and compilation took, with the first runs that they need.
         names: What those tensors are called, once `outputs` has been called: by the network's ``output_names`` where it
             has them, otherwise by keys such as ``c4`` or positions.
-        kept: Bytes that the first run took and did not give back; peak memory counts them.
+        kept: Bytes that the first run took and did not give back: of a runtime with memory of its own for the next
+            run, of a network of torch for tables of its maps' shape. Peak memory counts them.
         note: What whoever reads its time has to know.
     """
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
+from effvit.deploy._fit import kept_tensors
 from effvit.deploy._formats_source import quiet
 from effvit.deploy._runtimes_contract import (
     TYPES,
@@ -89,23 +90,25 @@ def _exact(setting: Setting) -> contextlib.AbstractContextManager[None]:
     return true_float32() if on_gpu else contextlib.nullcontext()
 
 
-def ready(call: Callable[..., Any], inputs: tuple[Tensor, ...], setting: Setting, *, warm: int = 1) -> Prepared:
+def ready(call: Callable[..., Any], inputs: tuple[Tensor, ...], setting: Setting, *, warm: int = 0) -> Prepared:
     """What runs `call` on `inputs`, once it has done so.
 
     Args:
         call: The network.
         inputs: Where it is.
         setting: Its device and precision.
-        warm: Runs until it is as fast as it gets.
+        warm: Runs that a compiler needs until it is as fast as it gets; what these keep is the network in its form. 0
+            for a network of Python, whose first run may keep tables that it makes for the shape of its maps.
     """
 
     def run() -> Any:
         with evaluating(), _exact(setting):
             return call(*inputs)
 
+    kept = 0 if warm else kept_tensors(run)
     for _ in range(warm):
         run()
-    return prepared(run)
+    return prepared(run, kept=kept)
 
 
 def eager(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) -> Prepared:

@@ -20,10 +20,11 @@ from effvit.deploy.environment import allocator, environment
 from effvit.deploy.flops import count_macs
 from effvit.deploy.memory import peak_memories, peak_on_gpu
 from effvit.deploy.parts import time_parts
+from effvit.deploy.protocols import ROUNDS, SECONDS
 from effvit.deploy.records import Ratio, Record, Report, Statistics, Subject
 from effvit.deploy.runtimes import RUNTIMES, Agreement, Prepared, Setting, check, compare, prepare, require
 from effvit.deploy.statistics import ratio, summarise
-from effvit.deploy.timing import ROUNDS, SECONDS, pinned, time_in_rounds, true_float32, warm_up
+from effvit.deploy.timing import pinned, time_in_rounds, true_float32, warm_up
 from effvit.errors import ConfigError, ExportError
 
 Progress = Callable[[str], None]
@@ -336,7 +337,7 @@ def _measure_memory(cases: Sequence[_Case], device: str, memory: bool, say: Prog
         for variant in case.variants:
             if memory and device == "cuda" and variant.prepared is not None and variant.latency is not None:
                 with _may_run_out(variant, "measuring memory"):
-                    variant.peak = peak_on_gpu(variant.prepared.run, variant.runtime)
+                    variant.peak = peak_on_gpu(variant.prepared, variant.runtime)
             variant.prepared = None
     _release(device)
     for case in cases if memory and device != "cuda" else ():

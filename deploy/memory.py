@@ -7,8 +7,8 @@ would run the user's script again where that has no ``if __name__ == "__main__"`
 travels in a file. The process has the allocator's default settings, or those of the environment (``MALLOC_*``): what
 this process has set for itself does not reach it.
 
-The figure is the high-water mark of the resident size while the network runs, less the resident size before; and of a
-runtime that keeps memory for the next run, what its first run kept.
+The figure is the high-water mark of the resident size while the network runs, less the resident size before; and what
+the first run kept: a runtime's memory for the next run, a network's tables for the shape of its maps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from effvit.deploy.environment import peak_resident_memory, resident_memory, trim_memory
-from effvit.deploy.runtimes import RUNTIMES, Setting, prepare
+from effvit.deploy.runtimes import RUNTIMES, Prepared, Setting, prepare
 from effvit.errors import ConfigError, EffvitError
 
 _CLEAR = Path("/proc/self/clear_refs")
@@ -145,11 +145,11 @@ def peak_of(call: Callable[[], Any]) -> int:
     return peak_resident_memory() - before
 
 
-def peak_on_gpu(call: Callable[[], Any], runtime: str) -> int | None:
-    """Bytes of GPU memory that a call adds at its peak; ``None`` of a runtime that does not take it through torch.
+def peak_on_gpu(prepared: Prepared, runtime: str) -> int | None:
+    """Bytes of GPU memory that running adds at its peak; ``None`` of a runtime that does not take it through torch.
 
     Args:
-        call: One forward pass.
+        prepared: What runs.
         runtime: Its name.
     """
     if RUNTIMES[runtime].modules:
@@ -158,6 +158,6 @@ def peak_on_gpu(call: Callable[[], Any], runtime: str) -> int | None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for _ in range(_CALLS):
-        call()
+        prepared.run()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return prepared.kept + torch.cuda.max_memory_allocated() - before

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 from effvit.errors import ConfigError, close_matches
 
+#: Visits of each network and runtime, and seconds of a visit, unless something else is asked for.
+ROUNDS = 9
+SECONDS = 0.2
+
 _EFFICIENTVIT = "Liu et al., EfficientViT, arXiv 2305.07027"
 _CREAM = "github.com/microsoft/Cream, EfficientViT/README.md and classification/speed_test.py"
 

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from effvit.deploy.protocols import ROUNDS, SECONDS
+
 Call = Callable[[], Any]
 Key = TypeVar("Key", bound=Hashable)
 
-ROUNDS = 9
-SECONDS = 0.15
 _WINDOWS = 3  # consecutive windows that must agree
 _TOLERANCE = 0.05
 _SHORT = 0.25  # of a visit: a call shorter than that is made once more before the samples, unmeasured

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import math
@@ -20,6 +21,7 @@ from effvit.callbacks import EMA, HardwareBenchmark, RunCheckpoint, RunReport, _
 from effvit.callbacks._tables import metrics_table
 from effvit.callbacks._undisturbed import undisturbed
 from effvit.deploy import timing
+from effvit.deploy.records import Subject
 from effvit.errors import ConfigError
 from effvit.tasks import Classification, Detection
 
@@ -291,10 +293,49 @@ def test_what_it_leaves(tmp_path, capsys):
     assert metrics["hardware/latency_ms_b1"] == pytest.approx(1000 * one["latency"]["median"])
     assert metrics["hardware/throughput_b3"] == pytest.approx(3 / three["latency"]["median"])
     assert metrics["hardware/peak_memory_mb_b3"] == pytest.approx(three["peak_memory"] / 1e6)
-    header, *rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
-    column = header.split(",").index("hardware/latency_ms_b1")
-    assert sum(bool(row.split(",")[column]) for row in rows) == 2
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["hardware/latency_ms_b1"]]
+    assert [(row["step"], bool(row["val/AP"])) for row in rows] == [("20", True), ("27", True)]
     assert "ms b3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "averaged"),
+    [({}, True), ({"max_steps": 7}, True), ({"val_check_interval": 3}, False)],
+)
+def test_whose_weights_the_end_of_a_training_measures(tmp_path, monkeypatch, options, averaged):
+    """Those that the table of the end speaks of, where the training ends with a validation."""
+    seen = []
+    monkeypatch.setattr(
+        hardware_benchmark, "measure", lambda subject, *_: seen.append(subject.module.network[3].weight.tolist()) or []
+    )
+    ema = EMA(0.8)
+    trainer = helper.make_trainer(tmp_path, [HardwareBenchmark(), ema], **options)
+    trainer.fit(model := Restless(), helper.Loader(), helper.validation_loader())
+    assert len(seen) == 1
+    mean, raw = model.network[3].weight.tolist(), ema._raw["network.3.weight"].tolist()
+    assert mean != raw
+    assert seen[0] == (mean if averaged else raw)
+
+
+class Keeping(nn.Module):
+    """Keeps a table of its first pass, as attention with a bias for each shape does, until its mode is set."""
+
+    table = None
+
+    def forward(self, x):
+        self.table = torch.ones(1000) if self.table is None else self.table
+        return x + 1
+
+    def train(self, mode=True):
+        self.table = None
+        return super().train(mode)
+
+
+def test_memory_counts_what_the_network_keeps_of_a_pass_at_each_batch_size():
+    subject = Subject("keeping", Keeping().eval(), (1, 1), lambda batch: (torch.zeros(batch, 10),))
+    records = _measuring.measure(subject, [1, 2], torch.device("cpu"), "fp32", tuple)
+    assert [record.peak_memory for record in records] == [4000 + 40, 4000 + 80]
 
 
 def test_it_goes_on_in_a_resumed_run(tmp_path, monkeypatch):
