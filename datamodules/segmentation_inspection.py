@@ -134,7 +134,7 @@ class MaskSetReport:
             lines.append(f"  {name:<{width}}{''.join(columns)}")
         for split, names in self.absent.items():
             if names:
-                lines.append(f"{len(names)} classes have no pixel in {split}: {name_some(names)}")
+                lines.append(f"no pixel in {split}: {len(names)} of {len(self.names)} classes, {name_some(names)}")
         return lines
 
 
