@@ -75,6 +75,8 @@ def _predict_exported(own: argparse.Namespace, rest: list[str]) -> int:
     from effvit.deploy.exported import open_exported
 
     path = Path(own.model)
+    if path.suffix == ".ckpt":
+        raise ConfigError(f"{path} is a checkpoint, not a file that effvit export wrote: pass --checkpoint {path}")
     exported = open_exported(path)
     task = str(exported.metadata["task"])
     options = _own_options(own, task, path)

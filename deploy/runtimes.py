@@ -138,7 +138,8 @@ def require(runtime: str, setting: Setting) -> Runtime:
 def prepare(module: nn.Module, inputs: tuple[Tensor, ...], runtime: str, setting: Setting) -> Prepared:
     """Makes a network ready to run in a runtime.
 
-    torch's threads are set to the setting's and stay so, since the process has only one such number.
+    torch's threads are set to the setting's and stay so: `Prepared.run` needs them, and the process has only one such
+    number. Whoever needs the number before runs both inside ``effvit.deploy.timing.pinned``, as `benchmark` does.
 
     Args:
         module: The network in eval mode, on the CPU, in float32. It is not changed.
