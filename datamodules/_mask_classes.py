@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import cv2
 import numpy as np
 
 from effvit.categories import IGNORED, Categories
@@ -76,10 +77,10 @@ class MaskClasses:
             int16 ``(H, W)``, -1 where there is no label; and the number of pixels of each value that is no class,
             which are -1 as well.
         """
-        labels = self._labels_of_colours(values) if values.ndim == 3 else self._table[values]
-        unknown = labels == _UNKNOWN
-        if not unknown.any():
+        labels = self._look_up(values)
+        if labels.min() > _UNKNOWN:
             return labels, {}
+        unknown = labels == _UNKNOWN
         labels[unknown] = IGNORED
         found, counts = np.unique(values[unknown], axis=0, return_counts=True)
         names = [str(value) if values.ndim == 2 else hex_colour(value) for value in found]
@@ -108,6 +109,14 @@ class MaskClasses:
             value = values[twice[0]]
             raise DatasetError(f"two classes have the colour {hex_colour(self.colours[value])}, one of them is {value}")
         return codes[order], self._table[np.array(values, dtype=np.int64)[order]]
+
+    def _look_up(self, values: Array) -> Labels:
+        if values.ndim == 3:
+            return self._labels_of_colours(values)
+        if values.dtype != np.uint8:
+            return self._table[values]
+        # A fifth of numpy's time.
+        return cv2.LUT(np.ascontiguousarray(values), self._table[:256]).astype(np.int16, copy=False)
 
     def _labels_of_colours(self, values: Array) -> Labels:
         codes = _codes(values)

@@ -19,6 +19,8 @@ from effvit.errors import DatasetError
 
 REMEDY = "restore or remove the file, or pass `--data.faults skip` to leave it out"
 _INDEXED, _DEEP = {"1", "L", "P"}, ("I", "I;16")
+#: Pillow stretches grey values of few bits to 0 … 255 as it decodes; divided by this, they are what the file holds.
+_STRETCHED = {"L;2": 85, "L;4": 17}
 
 
 class MaskPair(NamedTuple):
@@ -139,9 +141,10 @@ def read_values(path: Path) -> Array:
         DatasetError: It is missing, damaged, or no mask.
     """
     with _open_mask(path) as image:
+        stretched = _STRETCHED.get(image.tile[0][3], 1) if image.format == "PNG" else 1  # decoding forgets the tiles
         try:
             if image.mode in _INDEXED:
-                return np.asarray(image).astype(np.uint8, copy=False)
+                return np.asarray(image).astype(np.uint8, copy=False) // np.uint8(stretched)
             if image.mode in {"RGB", "RGBA"}:
                 return np.asarray(image)[..., :3]
             if image.mode in {"LA", "PA"}:

@@ -22,6 +22,7 @@ IMAGES, MASKS, CLASSES = "images", "masks", "classes.json"
 #: Names in use for one and the same split.
 ALIASES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 
+_MASK_ENDING = ".png"
 _FORMAT = '{"1": "road", "2": "car"} or [{"id": 1, "name": "road", "color": [128, 64, 128]}, …]'
 
 
@@ -90,10 +91,10 @@ def pair_up(root: Path, folders: Folders) -> Listing:
     Raises:
         DatasetError: There is no image, or no mask at all.
     """
-    images, masks = (_by_stem(root, folder) for folder in folders)
+    (images, twice), (masks, _) = (_by_stem(root, folder) for folder in folders)
     if not images:
         raise DatasetError(f"{folders.images} holds no image")
-    found = {stem: name for stem, name in masks.items() if name.lower().endswith(".png")}
+    found = {stem: name for stem, name in masks.items() if name.lower().endswith(_MASK_ENDING)}
     if not set(images) & set(found):
         example = next(iter(images.values()))
         raise DatasetError(
@@ -103,7 +104,8 @@ def pair_up(root: Path, folders: Folders) -> Listing:
             + (". Masks are never JPEG, which changes pixel values" if _has_jpeg(masks) else "")
         )
     pairs = [MaskPair(name, found[stem]) for stem, name in images.items() if stem in found]
-    faults = [
+    faults = [Fault("same-name", f"{images[stem]} has the same mask by its name", file=name) for name, stem in twice]
+    faults += [
         Fault("no-mask", f"there is no mask {(folders.masks / stem).as_posix()}.png", file=name)
         for stem, name in images.items()
         if stem not in found
@@ -144,11 +146,21 @@ def existing_pairs(root: Path, pairs: Sequence[MaskPair]) -> Listing:
     return Listing(found, faults)
 
 
-def _by_stem(root: Path, folder: Path) -> dict[str, str]:
-    """Files below a folder, relative to the root, by their path in the folder without its ending, in order."""
+def _by_stem(root: Path, folder: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Files below a folder, relative to the root, by their path in the folder without its ending, in order.
+
+    Returns:
+        The files; and those, with that path, of which another has the same.
+    """
     names, _ = images_below(root, folder, image_endings())
     inside = folder.relative_to(root).as_posix() + "/"
-    return {os.path.splitext(name.removeprefix(inside))[0]: name for name in names}  # noqa: PTH122 - speed
+    found: dict[str, str] = {}
+    twice: list[tuple[str, str]] = []
+    for name in names:
+        stem = os.path.splitext(name.removeprefix(inside))[0]  # noqa: PTH122 - a Path for each takes seconds
+        if found.setdefault(stem, name) != name:
+            twice.append((name, stem))
+    return found, twice
 
 
 def _has_jpeg(masks: Mapping[str, str]) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -173,3 +176,21 @@ def test_what_is_no_mask_is_refused(files, tmp_path, damage, message):
     damage(tmp_path / "mask.png")
     with pytest.raises(DatasetError, match=message):
         files().read(0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_values_of_few_bits_are_not_stretched(tmp_path, bits, indexed):
+    """PNG optimisers store few classes in few bits, which Pillow and OpenCV stretch to 0 … 255 where they are grey."""
+    values = np.resize(np.arange(2**bits), (3, 16)).astype(np.uint8)
+    rows = np.unpackbits(values[..., None], axis=-1)[..., 8 - bits :].reshape(3, -1)
+    data = b"".join(b"\0" + np.packbits(row).tobytes() for row in rows)
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    parts = [chunk(b"IHDR", struct.pack(">IIBBBBB", 16, 3, bits, 3 if indexed else 0, 0, 0, 0))]
+    parts += [chunk(b"PLTE", bytes(range(3 * 2**bits)))] if indexed else []
+    parts += [chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
+    (tmp_path / "mask.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    assert (read_values(tmp_path / "mask.png") == values).all()

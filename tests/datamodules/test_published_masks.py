@@ -183,7 +183,7 @@ def server(tmp_path_factory):
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=place)) as served:
-        thread = Thread(target=served.serve_forever)
+        thread = Thread(target=served.serve_forever, args=(0.01,))
         thread.start()
         yield place, f"http://127.0.0.1:{served.server_port}"
         served.shutdown()

@@ -367,3 +367,12 @@ def test_digits_options(tmp_path):
     data = SegmentedDigits(str(tmp_path), num_train=2, num_val=1, scene_size=64, num_workers=0)
     assert data.root.parent == tmp_path
     assert data.read_original("val", 1).shape == (3, 64, 64)  # makes the scenes
+
+
+def test_two_images_of_one_name_cannot_share_a_mask(mask_root):
+    shutil.copy(mask_root / "images/val/000.png", mask_root / "images/val/000.jpg")
+    with pytest.raises(DatasetError, match=r"\[same-name\] file .*000.png: images/val/000.jpg has the same mask"):
+        folder(mask_root).setup("fit")
+    data = folder(mask_root, faults="skip")
+    data.setup("validate")
+    assert len(data._source("val")) == 3
