@@ -17,19 +17,25 @@ from effvit.datamodules._samplers import MultiScaleBatches, SquareBatches
 from effvit.deploy._files import whole_file
 from effvit.deploy._looks import BLUE, GREEN, style
 from effvit.errors import ConfigError
-from effvit.tasks.schedules import WarmupCosine
+from effvit.tasks import schedules
+from effvit.tasks.schedules import TrainingSchedule
 
 #: Training images as published. COCO: the recipes leave out the 1,021 images of train2017 without an object.
 _IMAGES = {
     "ImageNet": 1_281_167,
     "DigitImages": 1_438,
     "CocoDetection": 117_266,
+    "SegmentedDigits": 1_500,
+    "ADE20K": 20_210,
+    "PascalVOC": 1_464,
+    "Cityscapes": 2_975,
     "cifar10": 50_000,
     "cifar100": 50_000,
     "flowers102": 2_040,  # the official training and validation images, on which the published numbers were trained
     "oxford_iiit_pets": 3_680,
     "stanford_cars": 8_144,
 }
+_VOC_AUGMENTED = 10_582
 _POINTS_AN_EPOCH = 24
 _LISTED = 6
 
@@ -115,16 +121,36 @@ def learning_rate_of(name: str, global_batch: int | None = None) -> Curve:
     """
     config = merged_config(find_config(name))
     model, data = _arguments(config, "model"), _arguments(config, "data")
-    epochs = config.get("trainer", {}).get("max_epochs")
-    if not epochs or "lr" not in _arguments(model, "optimizer"):
-        raise ConfigError(f"{name} fixes no trainer.max_epochs or no model.optimizer.init_args.lr: there is no curve")
+    epochs, max_steps = (max(0, config.get("trainer", {}).get(key) or 0) for key in ("max_epochs", "max_steps"))
+    if not (epochs or max_steps) or "lr" not in _arguments(model, "optimizer"):
+        raise ConfigError(
+            f"{name} fixes no trainer.max_epochs or trainer.max_steps, or no model.optimizer.init_args.lr: there is no "
+            "curve"
+        )
     given_for = model.get("lr_batch_size")
     batch = global_batch or given_for or _published_batch(config, data)
     optimizer, kinds = _optimizer(model, batch / given_for if given_for else 1.0)
     images = _images(config, data)
     steps = None if images is None else _steps_per_epoch(images, data, batch)
-    rates, corners = _schedule(name, model, optimizer, epochs, steps)
-    points = _line(rates, epochs, steps, fine=_moves_by_step(model))
+    made = model.get("lr_scheduler")
+    schedule = _class(made["class_path"])(optimizer, **made.get("init_args", {})) if made else None
+    fine = schedule.by_step if isinstance(schedule, TrainingSchedule) else bool(model.get("warmup_steps"))
+    if steps is None and (fine or not epochs):
+        raise ConfigError(
+            f"the learning rate of {name} moves with each step, and its data is the user's own: nobody knows here how "
+            "many steps an epoch has. A run writes its curve into curves.png."
+        )
+    ends = [max_steps] if max_steps else []
+    if steps is not None:
+        ends += [epochs * steps] if epochs else []
+        epochs = -(-min(ends) // steps)
+    last = min(ends, default=None)
+    if isinstance(schedule, TrainingSchedule):
+        schedule.bind(epochs, steps, last)
+        rates, corners = _own(schedule, epochs, steps, last)
+    else:
+        rates, corners = _multiplied(model, optimizer, schedule, epochs, steps)
+    points = _line(rates, epochs, steps, last, fine=fine)
     return Curve(name, batch, epochs, images, steps, kinds, corners, points)
 
 
@@ -141,19 +167,23 @@ def _optimizer(model: dict[str, Any], factor: float) -> tuple[torch.optim.Optimi
     """An optimizer of nothing, with a group for each kind of parameters, its learning rate scaled to the batch."""
     lr = float(_arguments(model, "optimizer")["lr"]) * factor
     scale, frozen = float(model.get("backbone_lr_scale", 1.0)), int(model.get("frozen_epochs", 0))
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr, "lr_scale": 1.0, "frozen_epochs": 0}]
-    kinds: tuple[str, ...] = ("all",)
+    head_scale = float(model.get("head_lr_scale", 1.0))
+    kinds: dict[str, tuple[float, int]] = {"all": (1.0, 0)}
     if scale != 1.0 or frozen:
-        own = {"lr": lr * scale, "lr_scale": scale, "frozen_epochs": frozen}
-        groups.append({"params": [torch.nn.Parameter(torch.zeros(1))], **own})
-        kinds = ("new", "backbone")
-    return torch.optim.SGD(groups), kinds
+        kinds = {"new": (1.0, 0), "backbone": (scale, frozen)}
+    elif head_scale != 1.0:
+        kinds = {"backbone": (1.0, 0), "head": (head_scale, 0)}
+    groups = [
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": lr * scale, "lr_scale": scale, "frozen_epochs": frozen}
+        for scale, frozen in kinds.values()
+    ]
+    return torch.optim.SGD(groups), tuple(kinds)
 
 
 def _images(config: dict[str, Any], data: dict[str, Any]) -> int | None:
     """Training images of the published data."""
     kind = str((config.get("data") or {}).get("class_path", "")).rpartition(".")[2]
-    made: int | None = data.get("num_train")
+    made: int | None = data.get("num_train") or (_VOC_AUGMENTED if kind == "PascalVOC" and data.get("aug") else None)
     return made or _IMAGES.get(str(data.get("name")) if kind == "Transfer" else kind)
 
 
@@ -167,40 +197,19 @@ def _steps_per_epoch(images: int, data: dict[str, Any], batch: int) -> int:
     return len(SquareBatches(images, batch, 1, repeats=repeats, seed=0, ranks=(1, 0)))
 
 
-def _moves_by_step(model: dict[str, Any]) -> bool:
-    own = _arguments(model, "lr_scheduler")
-    return bool(own.get("every") == "step" or own.get("warmup_steps") or model.get("warmup_steps"))
-
-
-def _schedule(
-    name: str, model: dict[str, Any], optimizer: torch.optim.Optimizer, epochs: int, steps: int | None
-) -> tuple[Rates, list[Corner]]:
-    """The learning rate as a function of epoch and step, and where it bends."""
-    if _moves_by_step(model) and steps is None:
-        raise ConfigError(
-            f"the learning rate of {name} moves with each step, and its data is the user's own: nobody knows here how "
-            "many steps an epoch has. A run writes its curve into curves.png."
-        )
-    made = model.get("lr_scheduler")
-    schedule = _class(made["class_path"])(optimizer, **made.get("init_args", {})) if made else None
-    if isinstance(schedule, WarmupCosine):
-        return _cosine(schedule, epochs, steps)
-    return _multiplied(model, optimizer, schedule, epochs, steps)
-
-
 def _class(path: str) -> Callable[..., LRScheduler]:
     """The class that a ``class_path`` names, with its module or without."""
     module, _, name = path.rpartition(".")
     found = getattr(import_module(module) if module else torch.optim.lr_scheduler, name, None)
-    if name == WarmupCosine.__name__:
-        found = WarmupCosine
+    if isinstance(own := getattr(schedules, name, None), type) and issubclass(own, TrainingSchedule):
+        found = own
     if found is None:
         raise ConfigError(f"there is no schedule {path!r}")
     return found  # type: ignore[no-any-return]
 
 
-def _cosine(schedule: WarmupCosine, epochs: int, steps: int | None) -> tuple[Rates, list[Corner]]:
-    schedule.bind(epochs, steps)
+def _own(schedule: TrainingSchedule, epochs: int, steps: int | None, last: int | None) -> tuple[Rates, list[Corner]]:
+    """A schedule that knows the whole training: the learning rate as a function of epoch and step, and its corners."""
     groups = range(len(schedule.base_lrs))
 
     def rates(epoch: int, step: int) -> tuple[float, ...]:
@@ -217,8 +226,8 @@ def _cosine(schedule: WarmupCosine, epochs: int, steps: int | None) -> tuple[Rat
     elif epoch:
         corners.append(corner("warm-up over", epoch))
     corners += [corner("middle", epochs // 2), corner("last epoch", epochs - 1)]
-    if steps is not None:
-        corners.append(corner("last step", epochs - 1, epochs * steps - 1))
+    if last is not None:
+        corners.append(corner("last step", epochs - 1, last - 1))
     return rates, corners
 
 
@@ -267,15 +276,18 @@ def _warmup(steps: int, factor: float) -> list[float]:
     return factors
 
 
-def _line(rates: Rates, epochs: int, steps: int | None, *, fine: bool) -> list[tuple[float, tuple[float, ...]]]:
+def _line(
+    rates: Rates, epochs: int, steps: int | None, last: int | None, *, fine: bool
+) -> list[tuple[float, tuple[float, ...]]]:
     """The curve as points: the whole epoch at one rate, or so many steps of each."""
-    if not fine or steps is None:
+    if not fine or steps is None or last is None:
         return [(epoch + end, rates(epoch, 0)) for epoch in range(epochs) for end in (0.0, 1.0)]
     every = max(1, steps // _POINTS_AN_EPOCH)
     return [
         (epoch + step / steps, rates(epoch, epoch * steps + step))
         for epoch in range(epochs)
         for step in sorted({*range(0, steps, every), steps - 1})
+        if epoch * steps + step < last
     ]
 
 

@@ -56,6 +56,8 @@ class Segmentation(Task):
         output_stride: Stride of the map that DeepLabv3 reads: 8, 16 or 32; ``null`` for 16.
         rates: Dilations of DeepLabv3's three convolutions; ``null`` for those of its paper, 6, 12 and 18 (stride 16).
         dropout: Share of the channels that are dropped before the classifier, in ``[0, 1)``.
+        align_corners: How logits are enlarged to pixels, see ``torch.nn.functional.interpolate``; ``null`` as the
+            weights of ``checkpoint`` were trained, otherwise false.
         auxiliary_weight: Weight of the loss of an auxiliary head; 0 for no such head.
         ohem_threshold: Online hard example mining: only pixels whose true class has a probability below this are
             learned, and the hardest `ohem_kept` always; ``null`` for all pixels.
@@ -103,6 +105,7 @@ class Segmentation(Task):
         output_stride: int | None = None,
         rates: list[int] | None = None,
         dropout: float = 0.1,
+        align_corners: bool | None = None,
         auxiliary_weight: float = 0.0,
         ohem_threshold: float | None = None,
         ohem_kept: int = 100_000,
@@ -159,6 +162,15 @@ class Segmentation(Task):
         )
         self.backbone.set_grad_checkpointing(gradient_checkpointing)
         self.mean, self.std = self.backbone.input_spec.mean, self.backbone.input_spec.std
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.segmenter.to(memory_format=self.memory_format)
+        self.evaluator = SegmentationEvaluator(num_classes)
+        self.result: SegmentationResult | None = None
+        if published is not None:
+            _log.info("%s: %s", checkpoint, load_published(self.segmenter, published, str(checkpoint)))
+        if align_corners is not None:
+            self.segmenter.align_corners = align_corners
+        self.hparams["align_corners"] = self.segmenter.align_corners  # what the published file told
         self.criterion = SegmentationLoss(
             num_classes,
             align_corners=self.segmenter.align_corners,
@@ -169,13 +181,7 @@ class Segmentation(Task):
             avg_non_ignore=avg_non_ignore,
             auxiliary_weight=auxiliary_weight,
         )
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.segmenter.to(memory_format=self.memory_format)
-        self.evaluator = SegmentationEvaluator(num_classes)
-        self.result: SegmentationResult | None = None
-        if published is not None:
-            _log.info("%s: %s", checkpoint, load_published(self.segmenter, published, str(checkpoint)))
-        elif checkpoint is not None:
+        if checkpoint is not None and published is None:
             self.start_from(checkpoint)
 
     @property

@@ -122,6 +122,12 @@ class Inference:
     def __post_init__(self) -> None:
         if self.mode not in _MODES:
             raise ConfigError(f"inference must be whole or slide, not {self.mode!r}. {did_you_mean(self.mode, _MODES)}")
+        if self.mode == "slide":
+            self._check_windows()
+        if not self.scales or not all(math.isfinite(scale) and scale > 0 for scale in self.scales):
+            raise ConfigError(f"test_scales must be one or more positive factors, not {list(self.scales)}")
+
+    def _check_windows(self) -> None:
         if min(self.window) < 32:
             raise ConfigError(f"window must be 32 pixels or more in height and width, not {tuple(self.window)}")
         if not all(1 <= step <= side for step, side in zip(self.stride, self.window, strict=True)):
@@ -129,8 +135,6 @@ class Inference:
                 f"window_stride must be 1 or more and at most the window {tuple(self.window)}, or pixels between two "
                 f"windows get no label, not {tuple(self.stride)}"
             )
-        if not self.scales or not all(math.isfinite(scale) and scale > 0 for scale in self.scales):
-            raise ConfigError(f"test_scales must be one or more positive factors, not {list(self.scales)}")
 
     def label(
         self,

@@ -158,3 +158,27 @@ def test_every_shipped_recipe_has_a_curve():
     assert len(recipes) >= 14
     for name in recipes:
         assert learning_rate_of(name).line
+
+
+def test_poly_is_drawn_over_the_steps_that_end_the_training():
+    """EfficientFormer on ADE20K: 40,000 steps of 32 images are 64 epochs begun, the last one cut off."""
+    curve = learning_rate_of("segmentation/semantic_fpn_ade20k", 32)
+    assert (curve.epochs, curve.images, curve.steps_per_epoch) == (64, 20_210, 632)
+    found = corners(curve)
+    assert found["first step"].rates == (2e-4,)
+    assert found["middle"].rates[0] == pytest.approx(2e-4 * (1 - 32 * 632 / 40_000) ** 0.9, rel=1e-9)
+    assert found["last step"].step == 39_999
+    assert found["last step"].rates[0] == pytest.approx(2e-4 * (1 / 40_000) ** 0.9, rel=1e-9)
+    assert curve.line[-1][0] < 40_000 / 632
+    assert curve.line[0][1] == (2e-4,)
+
+
+def test_the_head_of_mobilevit_has_a_curve_of_its_own():
+    curve = learning_rate_of("segmentation/deeplabv3_voc", 128)
+    assert curve.kinds == ("backbone", "head")
+    assert curve.images == 10_582
+    for corner in curve.corners:
+        backbone, head = corner.rates
+        assert head == pytest.approx(10 * backbone, rel=1e-12)
+    assert corners(curve)["first step"].rates[0] == pytest.approx(9e-5)
+    assert corners(curve)["warm-up over"].step == 500

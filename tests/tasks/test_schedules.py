@@ -10,17 +10,21 @@ import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
 
 from effvit.errors import ConfigError
-from effvit.tasks.schedules import WarmupCosine
+from effvit.tasks.schedules import Poly, WarmupCosine
 
 PEAK = 4e-3
 
 
-def make(lr=PEAK, groups=None, **options):
+def make(lr=PEAK, groups=None, schedule=WarmupCosine, **options):
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in groups or [{}]]
     optimizer = torch.optim.SGD(
         [{"params": [parameter], **group} for parameter, group in zip(parameters, groups or [{}], strict=True)], lr=lr
     )
-    return optimizer, WarmupCosine(optimizer, **options)
+    return optimizer, schedule(optimizer, **options)
+
+
+def make_poly(**options):
+    return make(schedule=Poly, **options)
 
 
 def rates(optimizer):
@@ -202,3 +206,80 @@ def test_a_training_without_an_end_or_a_length_is_refused():
         schedule.bind(10, None)
     with pytest.raises(ConfigError, match="max_epochs is -1"):
         schedule.bind(-1, 10)
+
+
+def test_poly_is_mmsegmentations_per_step():
+    """``PolyLrUpdaterHook`` with ``by_epoch=False``: 40,000 iterations, power 0.9."""
+    optimizer, schedule = make_poly(lr=2e-4, min_lr=1e-6)
+    schedule.bind(-1, 632, 40_000)
+    for step in (0, 1, 20_000, 39_999):
+        expected = (2e-4 - 1e-6) * (1 - step / 40_000) ** 0.9 + 1e-6
+        assert schedule.lr_at(step // 632, step) == pytest.approx(expected, rel=1e-12)
+    assert rates(optimizer) == [2e-4]
+    assert schedule.lr_at(64, 40_500) == pytest.approx(1e-6)
+    assert schedule.warmup_end() == (0, None)
+
+
+def test_polys_warm_up_multiplies_the_curve_as_in_mmsegmentation():
+    _, schedule = make_poly(lr=6e-5, power=1.0, warmup_steps=1500, warmup_factor=1e-6)
+    schedule.bind(-1, None, 160_000)
+    for step in (0, 700, 1499):
+        regular = 6e-5 * (1 - step / 160_000)
+        k = (1 - step / 1500) * (1 - 1e-6)
+        assert schedule.lr_at(0, step) == pytest.approx(regular * (1 - k), rel=1e-12)
+    assert schedule.lr_at(0, 1500) == pytest.approx(6e-5 * (1 - 1500 / 160_000), rel=1e-12)
+    assert schedule.warmup_end() == (0, 1500)
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [((4, 5, None), 20), ((4, 5, 12), 12), ((4, 5, 100), 20), ((-1, None, 7), 7), ((4, None, 9), 9)],
+)
+def test_poly_ends_with_whatever_ends_the_training_first(length, steps):
+    optimizer, schedule = make_poly(power=1.0)
+    schedule.bind(*length)
+    assert schedule.lr_at(0, steps) == 0.0
+    seen = run_steps(optimizer, schedule, 1, steps)
+    assert seen == pytest.approx([PEAK * (1 - step / steps) for step in range(steps)], rel=1e-12)
+
+
+def test_polys_scaled_groups_keep_their_distance():
+    """MobileViT's head learns ten times as fast as its backbone, in every step."""
+    optimizer, schedule = make_poly(lr=1e-3, groups=[{}, {"lr": 1e-2, "lr_scale": 10.0}], min_lr=1e-5, warmup_steps=3)
+    schedule.bind(2, 6)
+    for _ in range(12):
+        backbone, head = rates(optimizer)
+        assert head == pytest.approx(10 * backbone, rel=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("stop", [1, 8, 19])
+def test_a_resumed_poly_sees_the_same_rates(stop):
+    def bound():
+        optimizer, schedule = make_poly(min_lr=1e-5, warmup_steps=4)
+        schedule.bind(-1, 7, 20)
+        return optimizer, schedule
+
+    whole = run_steps(*bound(), epochs=1, steps_per_epoch=20)
+    optimizer, schedule = bound()
+    run_steps(optimizer, schedule, 1, stop)
+    state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+    again, resumed = bound()
+    again.load_state_dict(state["optimizer"])
+    resumed.load_state_dict(state["schedule"])
+    assert run_steps(again, resumed, 1, 20, start=stop) == whole[stop:]
+
+
+def test_poly_needs_an_end_and_a_range():
+    _, schedule = make_poly()
+    for length in ((-1, 10, None), (5, None, None)):
+        with pytest.raises(ConfigError, match=r"set trainer\.max_steps to 1 or more"):
+            schedule.bind(*length)
+    for name in ("power", "min_lr", "warmup_steps", "warmup_factor"):
+        with pytest.raises(ConfigError, match=f"{name} is -1; it must be 0 or more"):
+            make_poly(**{name: -1})
+    optimizer, schedule = make_poly()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"Poly\.bind\(\) must be called"):
+        schedule.step()

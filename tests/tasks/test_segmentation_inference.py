@@ -192,9 +192,9 @@ def test_pixels_whose_numbers_are_not_finite_get_no_label(images):
     ("options", "message"),
     [
         ({"mode": "slided"}, "inference must be whole or slide, not 'slided'. Did you mean 'slide'"),
-        ({"window": (16, 512)}, "window must be 32 pixels or more"),
-        ({"window": (64, 64), "stride": (32, 65)}, r"at most the window \(64, 64\)"),
-        ({"window": (64, 64), "stride": (0, 32)}, "window_stride must be 1 or more"),
+        ({"mode": "slide", "window": (16, 512)}, "window must be 32 pixels or more"),
+        ({"mode": "slide", "window": (64, 64), "stride": (32, 65)}, r"at most the window \(64, 64\)"),
+        ({"mode": "slide", "window": (64, 64), "stride": (0, 32)}, "window_stride must be 1 or more"),
         ({"scales": ()}, "test_scales must be one or more positive factors"),
         ({"scales": (1.0, -2.0)}, "test_scales must be one or more positive factors"),
     ],
