@@ -119,3 +119,9 @@ def test_each_task_gets_its_data_as_it_was_validated(monkeypatch, tmp_path, caps
     assert given["image_size"] == (list(inputs["image_size"]) if inputs["image_size"] else None)
     assert seen["trainer"]["devices"] == 1
     assert "0 images" in capsys.readouterr().out
+
+
+def test_a_checkpoint_given_as_an_exported_file(cli, tmp_path):
+    done = cli.run("predict", "--model", tmp_path / "best.ckpt", "--images", tmp_path)
+    assert done.code == 2
+    assert f"pass --checkpoint {tmp_path / 'best.ckpt'}" in done.err
