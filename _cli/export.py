@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule
     from torch import Tensor
 
+    from effvit._cli.exported_inputs import Canvas
     from effvit._cli.rebuild import RebuiltRun
     from effvit.deploy.export import Export
+    from effvit.deploy.formats import Format
+    from effvit.tasks.deployed import Deployed
 
+#: What ``--image_size`` says for no size in particular.
+_ANY = "any"
 _DESCRIPTION = """\
 Write the network of a run to a file, with normalisation before and post-processing behind it, and with its classes.
 The file is compared with the checkpoint on images of the run's validation data, and kept only if it agrees.
@@ -59,16 +64,14 @@ def export(words: Sequence[str]) -> int:
 
 
 def _export(run: RebuiltRun, output: Path, own: argparse.Namespace) -> Export:
-    from effvit._cli.exported_inputs import canvas_of, preprocessing_of
-    from effvit._cli.subjects import image_size
+    from effvit._cli.exported_inputs import preprocessing_of
     from effvit.deploy.export import check_export, export
 
     module = run.task.deployable()
     if own.batch_size is not None and own.batch_size < 1:
         raise ConfigError(f"--batch_size must be 1 or more, not {own.batch_size}")
     entry = check_export(module.task, own.format, output, batch=own.batch_size)
-    size = image_size(own.image_size, "--image_size") if own.image_size else None
-    canvas = canvas_of(module.task, run.inputs, size)
+    canvas = _canvas(module, entry, run.inputs, own.image_size)
     preprocessing = preprocessing_of(module.task, run.inputs, canvas)
     samples: list[tuple[Tensor, ...]] = []
     if entry.runs_here():
@@ -80,11 +83,27 @@ def _export(run: RebuiltRun, output: Path, own: argparse.Namespace) -> Export:
         module,
         entry.name,
         output,
-        size=canvas,
+        size=None if isinstance(canvas, range) else canvas,
         batch=own.batch_size,
         metadata={"checkpoint": run.path.name, "preprocessing": preprocessing},
         samples=samples,
     )
+
+
+def _canvas(module: Deployed, entry: Format, inputs: Mapping[str, Any], asked: Sequence[str]) -> Canvas:
+    """Height and width of the file's images, or the sides that they may have."""
+    from effvit._cli.exported_inputs import canvas_of, open_canvas
+    from effvit._cli.subjects import image_size
+    from effvit.deploy.export import check_any_size
+
+    if list(asked) == [_ANY]:
+        return open_canvas(module.task, inputs, check_any_size(module, entry))
+    if not all(word.isdigit() for word in asked):
+        raise ConfigError(
+            f"--image_size needs a side, or height and width, in pixels, or {_ANY}, not {' '.join(asked)}"
+        )
+    size = image_size([int(word) for word in asked], "--image_size") if asked else None
+    return canvas_of(module.task, inputs, size)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,10 +119,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FILE", help="file to write (default: beside the checkpoint)")
     parser.add_argument(
         "--image_size",
-        type=int,
         nargs="+",
+        default=[],
         metavar="N",
-        help="side, or height and width, of the images that the file takes, in pixels (default: as in the run)",
+        help="side, or height and width, of the images that the file takes, in pixels, or any, where format and "
+        "network can (default: as in the run)",
     )
     parser.add_argument(
         "--batch_size",
@@ -121,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _samples(
-    run: RebuiltRun, task: str, preprocessing: Mapping[str, Any], canvas: tuple[int, int], own: argparse.Namespace
+    run: RebuiltRun, task: str, preprocessing: Mapping[str, Any], canvas: Canvas, own: argparse.Namespace
 ) -> list[tuple[Tensor, ...]]:
     """Real images to compare on."""
     from effvit._cli.exported_inputs import files_for, samples_of
@@ -175,12 +195,12 @@ def _print_formats() -> None:
     from effvit.deploy.formats import FORMATS
 
     table = Table(box=box.SIMPLE_HEAD)
-    for head in ("format", "what it is", "needs", "networks for", "any batch"):
+    for head in ("format", "what it is", "needs", "networks for", "any batch", "any size"):
         table.add_column(head, no_wrap=head == "needs")
     for entry in FORMATS.values():
         needs = f"effvit[{entry.extra}]" if entry.extra else "torch alone"
-        batch = "yes" if entry.dynamic_batch else "no"
-        table.add_row(entry.name, entry.description, needs.replace("[", r"\["), ", ".join(entry.tasks), batch)
+        lists = (", ".join(tasks) or "no" for tasks in (entry.tasks, entry.dynamic_batch, entry.dynamic_size))
+        table.add_row(entry.name, entry.description, needs.replace("[", r"\["), *lists)
     get_console().print(table)
 
 
@@ -192,15 +212,20 @@ def _print_result(done: Export) -> None:
         console.print(f"not compared with the checkpoint: {done.format} does not run on this machine")
     else:
         _print_parity(done)
-    height, width = done.metadata["size"]
     batch = done.metadata["batch"]
     images = "any number of images" if batch is None else f"{batch} image{'s' * (batch > 1)} at a time"
     size = sum(file.stat().st_size for file in _files(done.path)) / 1e6
     console.print(
-        f"{done.path}: {done.format}, {size:.1f} MB, {images} of {height} x {width} pixels",
+        f"{done.path}: {done.format}, {size:.1f} MB, {images} of {_sizes(done.metadata)} pixels",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _sizes(metadata: Mapping[str, Any]) -> str:
+    if metadata["size"] is not None:
+        return "{} x {}".format(*metadata["size"])
+    return "{least} to {most}, in steps of {step},".format(**metadata["sides"])
 
 
 def _print_parity(done: Export) -> None:

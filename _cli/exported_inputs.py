@@ -1,4 +1,4 @@
-"""Images as an exported network takes them: all on one canvas, resized as the data of its run does."""
+"""Images as an exported network takes them, resized as the data of its run does: all on one canvas, or on any."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from effvit.datamodules.transforms import Collate, KeepRatioResize
 from effvit.errors import ConfigError
 
 Size = tuple[int, int]
+#: Height and width of a network's images, or the sides that they may have.
+Canvas = Size | range
 #: The least side that every network takes.
 _LEAST = 32
 
@@ -53,6 +55,27 @@ def canvas_of(task: str, inputs: Mapping[str, Any], asked: Size | None) -> Size:
     return canvas
 
 
+def open_canvas(task: str, inputs: Mapping[str, Any], sides: range) -> range:
+    """The sides that images of an exported network may have.
+
+    Args:
+        task: ``classification`` or ``detection``.
+        inputs: How the data of the run makes images.
+        sides: What the network takes, in pixels.
+
+    Raises:
+        ConfigError: A classifier's own images have another side, so that it could not be used as its checkpoint is.
+    """
+    if task == "classification":
+        side = NetworkInput.of(inputs.get("image_size"), inputs.get("published")).size
+        if side not in sides:
+            raise ConfigError(
+                f"the run has images of {side} pixels, and a file for images of any size takes multiples of "
+                f"{sides.step} from {sides[0]} to {sides[-1]}: leave --image_size any out"
+            )
+    return sides
+
+
 def _detector_canvas(inputs: Mapping[str, Any], divisor: int) -> Size:
     first, second = inputs["image_size"]
     sides = (second, first) if inputs.get("resize") == "squash" else (max(first, second),) * 2
@@ -60,18 +83,21 @@ def _detector_canvas(inputs: Mapping[str, Any], divisor: int) -> Size:
     return height, width
 
 
-def preprocessing_of(task: str, inputs: Mapping[str, Any], canvas: Size) -> dict[str, Any]:
+def preprocessing_of(task: str, inputs: Mapping[str, Any], canvas: Canvas) -> dict[str, Any]:
     """How files become images on a canvas, as the options of a data module: it travels with the exported network.
 
     Args:
         task: ``classification`` or ``detection``.
         inputs: How the data of the run makes images.
-        canvas: See `canvas_of`.
+        canvas: See `canvas_of` and `open_canvas`.
     """
     if task == "classification":
-        return {"image_size": canvas[0], "published": inputs.get("published")}
+        side = NetworkInput.of(inputs.get("image_size"), inputs.get("published")).size
+        return {"image_size": side if isinstance(canvas, range) else canvas[0], "published": inputs.get("published")}
     resize = inputs.get("resize", "keep_ratio")
     size = list(inputs["image_size"])
+    if isinstance(canvas, range):
+        return {"image_size": size, "resize": resize, "pad_divisor": int(inputs["pad_divisor"])}
     if resize == "squash" and canvas != _detector_canvas(inputs, int(inputs["pad_divisor"])):
         size = [canvas[1], canvas[0]]
     return {"image_size": size, "resize": resize, "pad_divisor": int(inputs["pad_divisor"])}
@@ -80,7 +106,7 @@ def preprocessing_of(task: str, inputs: Mapping[str, Any], canvas: Size) -> dict
 def files_for(
     task: str,
     preprocessing: Mapping[str, Any],
-    canvas: Size,
+    canvas: Canvas,
     images: str,
     *,
     batch_size: int = 1,
@@ -92,7 +118,7 @@ def files_for(
     Args:
         task: ``classification`` or ``detection``.
         preprocessing: See `preprocessing_of`.
-        canvas: Height and width of the network's images.
+        canvas: Height and width of the network's images, or the sides that they may have.
         images: A file or a folder.
         batch_size: Images in a batch.
         num_workers: Processes that load images.
@@ -117,7 +143,7 @@ def files_for(
         pad_divisor=preprocessing["pad_divisor"],
         unreadable=unreadable,
     )
-    data.canvas = canvas
+    data.canvas = _largest(canvas)
     return data
 
 
@@ -153,13 +179,25 @@ def fitted(height: int, width: int, canvas: Size) -> Size:
     return max(round(height * factor), 1), max(round(width * factor), 1)
 
 
-def network_inputs(task: str, batch: Any, canvas: Size) -> tuple[Tensor, ...]:
+def _largest(canvas: Canvas) -> Size:
+    return (canvas[-1], canvas[-1]) if isinstance(canvas, range) else canvas
+
+
+def _holding(height: int, width: int, canvas: Canvas) -> Size:
+    """The smallest height and width of a network's images that hold an image."""
+    if not isinstance(canvas, range):
+        return canvas
+    rows, columns = (max(-(-(side - canvas.start) // canvas.step), 0) for side in (height, width))
+    return canvas[rows], canvas[columns]
+
+
+def network_inputs(task: str, batch: Any, canvas: Canvas) -> tuple[Tensor, ...]:
     """What an exported network takes for a batch of a data module.
 
     Args:
         task: ``classification`` or ``detection``.
         batch: Images ``(B, 3, H, W)``, uint8, no larger than the canvas, and their targets.
-        canvas: Height and width of the network's images.
+        canvas: Height and width of the network's images, or the sides that they may have.
 
     Returns:
         The images; of detection padded with 0 at the bottom and at the right, with their sizes before padding and
@@ -168,18 +206,19 @@ def network_inputs(task: str, batch: Any, canvas: Size) -> tuple[Tensor, ...]:
     images, targets = batch
     if task == "classification":
         return (images.contiguous(),)
-    images = functional.pad(images, (0, canvas[1] - images.shape[3], 0, canvas[0] - images.shape[2]))
+    height, width = _holding(images.shape[2], images.shape[3], canvas)
+    images = functional.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
     sizes = [torch.tensor([list(target[name]) for target in targets]) for name in ("size", "original_size")]
     return images.contiguous(), *sizes
 
 
-def samples_of(task: str, batches: Iterable[Any], canvas: Size, most: int) -> Iterator[tuple[Tensor, ...]]:
+def samples_of(task: str, batches: Iterable[Any], canvas: Canvas, most: int) -> Iterator[tuple[Tensor, ...]]:
     """Single images of a loader as an exported network takes them, the first ones.
 
     Args:
         task: ``classification`` or ``detection``.
         batches: Of a data module.
-        canvas: Height and width of the network's images; larger ones are made smaller.
+        canvas: Height and width of the network's images, or the sides that they may have; larger ones are made smaller.
         most: How many.
     """
     taken = 0
@@ -187,7 +226,7 @@ def samples_of(task: str, batches: Iterable[Any], canvas: Size, most: int) -> It
         for index in range(min(len(images), most - taken)):
             image = images[index : index + 1]
             if task == "detection":
-                yield network_inputs(task, _one(image, targets[index], canvas), canvas)
+                yield network_inputs(task, _one(image, targets[index], _largest(canvas)), canvas)
             else:
                 yield network_inputs(task, (image, targets), canvas)
             taken += 1

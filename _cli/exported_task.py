@@ -23,7 +23,7 @@ class ExportedTask(LightningModule):
 
     Attributes:
         categories: The classes.
-        canvas: Height and width of the images that the file takes.
+        canvas: Height and width of the images that the file takes, or the sides that they may have.
 
     Raises:
         ExportError: The file does not say how images are made for it: it was not written by ``effvit export``.
@@ -38,7 +38,9 @@ class ExportedTask(LightningModule):
                 "Run it from Python with effvit.deploy.exported.open_exported"
             )
         self.categories = Categories({int(key): name for key, name in metadata["categories"].items()})
-        self.canvas = exported.size
+        canvas = exported.size or exported.sides
+        assert canvas is not None  # `export` writes one of them
+        self.canvas = canvas
         self._exported = exported
         self._task = str(metadata["task"])
 

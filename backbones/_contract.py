@@ -102,6 +102,8 @@ class Backbone(nn.Module, ABC):
         distilled: Whether the published classifier has a second head, which learned from a teacher.
         embed_only: Prefixes of the parameters that `embed` reads and `forward` does not.
         fresh_allowed: Prefixes of parameters that a checkpoint may lack: they then start fresh, with a warning.
+        open_sides: Sides in pixels of the images that a graph of no fixed size takes; ``None`` where each graph is
+            made for one size.
         grad_checkpointing: Whether blocks forget their activations and compute them again in the backward pass.
     """
 
@@ -113,6 +115,7 @@ class Backbone(nn.Module, ABC):
     distilled: bool = False
     embed_only: tuple[str, ...] = ()
     fresh_allowed: tuple[str, ...] = ()
+    open_sides: range | None = None
     grad_checkpointing: bool = False
 
     @abstractmethod

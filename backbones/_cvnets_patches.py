@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,6 +48,7 @@ def even(side: int) -> int:
 
 def resize(x: Tensor, height: int, width: int, *, align_corners: bool) -> Tensor:
     """Bilinear; the map itself where it has that size."""
-    if x.shape[2:] == (height, width):
+    # Of sides that are left open, it is not known whether they are even: then it is resized to its own size.
+    if not isinstance(height + width, torch.SymInt) and x.shape[2:] == (height, width):
         return x
     return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=align_corners)

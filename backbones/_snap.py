@@ -70,6 +70,7 @@ class SnapNetwork(Backbone):
 
     distilled = True
     embed_only = ("norm.",)
+    open_sides = range(64, 4097, 32)
     stem: nn.Module
     stages: nn.ModuleList
     layers: Sequence[str]

@@ -130,8 +130,9 @@ def expand_bias(table: Tensor, height: int, width: int, stride: int = 1) -> Tens
     Returns:
         ``(heads, queries, cells)`` with ``cells = height * width`` and ``queries`` as many for a stride of 1.
     """
-    y = torch.arange(height, device=table.device).repeat_interleave(width)
-    x = torch.arange(width, device=table.device).repeat(height)
+    # Not `repeat_interleave`: ONNX makes something else of it where height and width are left open.
+    y = torch.arange(height, device=table.device)[:, None].expand(height, width).flatten()
+    x = torch.arange(width, device=table.device).expand(height, width).flatten()
     query_y, query_x = y, x
     if stride > 1:
         chosen = torch.arange(height * width, device=table.device).view(height, width)[::stride, ::stride].flatten()

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from effvit.deploy._formats_source import Deployable, Source
 from effvit.deploy._runtimes_contract import converting, copied
@@ -25,6 +26,10 @@ from effvit.errors import ConfigError, ExportError
 
 #: Images of a graph that is to take any number of them: torch.export keeps a size of 1 as it is.
 _TRACED_BATCH = 2
+#: Steps beyond the least size in which a graph for images of any size is recorded: not square, and nothing is 1.
+_TRACED_STEPS = (3, 1)
+#: Steps by which images are made larger where all have one size, so that such a graph is checked on a second one.
+_CHECKED_STEPS = (1, 2)
 #: Sizes of the batches that a file for any batch is checked with: others than the traced one.
 _CHECKED_BATCHES = (1, 3)
 
@@ -81,7 +86,7 @@ def export(
     format_name: str,
     path: str | Path,
     *,
-    size: tuple[int, int],
+    size: tuple[int, int] | None,
     batch: int | None = None,
     metadata: Mapping[str, Any] | None = None,
     samples: Sequence[tuple[Tensor, ...]] = (),
@@ -95,24 +100,26 @@ def export(
         module: The network; it stays as it is.
         format_name: Name of the format.
         path: Where the file is to go.
-        size: Height and width of its images in pixels.
+        size: Height and width of its images in pixels; ``None`` for any, where the format and the network can.
         batch: Images that it is to take at a time; ``None`` for any number, where the format and the
             network can, otherwise for 1.
         metadata: What is stored beside what the network says of itself: source, resize policy.
-        samples: What ``forward`` takes of one real image each (a batch of 1), all of the same `size`. Without any,
-            noise is compared.
+        samples: What ``forward`` takes of one real image each (a batch of 1), all of the same `size`, or of such as
+            `open_sides` has. Without any, noise is compared.
 
     Returns:
         What was written.
 
     Raises:
         ConfigError: See `check_export`.
-        ExportError: The network cannot be written to this format, or the file disagrees with it: the message names the
-            worst output.
+        ExportError: See `check_export` and `check_any_size`; the network cannot be written to this format, or the file
+            disagrees with it: the message names the worst output.
     """
     entry = check_export(module.task, format_name, path, batch=batch)
+    if size is None:
+        check_any_size(module, entry)
     path = Path(path)
-    if batch is None and not (entry.dynamic_batch and module.dynamic_batch):
+    if batch is None and not (module.task in entry.dynamic_batch and module.dynamic_batch):
         batch = 1
     module = _own_copy(module)
     source = _source(module, size, batch)
@@ -124,7 +131,9 @@ def export(
         seconds = time.perf_counter() - started
         found = None
         if entry.runs_here():
-            batches = _batches(module, samples, size, batch)
+            batches = _batches(samples or _noise(module, source, batch), batch)
+            if source.open_sides is not None:
+                batches = _of_sizes(batches, source.open_sides)
             with converting(source.module, f"{entry.name} so that it runs"):
                 run = entry.open(staged, None)
                 found = parity(module, Exported(path, entry.name, facts, run), batches)
@@ -141,35 +150,68 @@ def _own_copy(module: Deployable) -> Deployable:
     return cast("Deployable", own)
 
 
-def _source(module: Deployable, size: tuple[int, int], batch: int | None) -> Source:
+def _source(module: Deployable, size: tuple[int, int] | None, batch: int | None) -> Source:
     assert isinstance(module, nn.Module)
+    open_sides = module.open_sides if size is None else None
+    if size is None:
+        assert open_sides is not None  # see `check_any_size`
+        size = open_sides[_TRACED_STEPS[0]], open_sides[_TRACED_STEPS[1]]
     return Source(
         module=module,
         inputs=module.example_inputs(batch or _TRACED_BATCH, size),
         input_names=tuple(module.input_names),
         output_names=tuple(module.output_names),
         dynamic_batch=batch is None,
+        open_sides=open_sides,
+        onnx_translations=module.onnx_translations(),
     )
 
 
-def _facts(entry: Format, source: Source, size: tuple[int, int], batch: int | None) -> dict[str, Any]:
+def _facts(entry: Format, source: Source, size: tuple[int, int] | None, batch: int | None) -> dict[str, Any]:
     """What `Exported` reads, and with what it was made."""
+    sides = source.open_sides
     return {
         "format": entry.name,
-        "size": list(size),
+        "size": None if size is None else list(size),
+        "sides": None if sides is None else {"least": sides[0], "most": sides[-1], "step": sides.step},
         "batch": batch,
         "inputs": [
             {
                 "name": name,
                 "dtype": str(tensor.dtype).removeprefix("torch."),
-                "shape": [batch, *tensor.shape[1:]],
+                "shape": [batch, *(tensor.shape[1:] if size or place else (tensor.shape[1], None, None))],
             }
-            for name, tensor in zip(source.input_names, source.inputs, strict=True)
+            for place, (name, tensor) in enumerate(zip(source.input_names, source.inputs, strict=True))
         ],
         "output_names": list(source.output_names),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def check_any_size(module: Deployable, entry: Format) -> range:
+    """Refuses a file for images of any size where there can be none, before any work.
+
+    Args:
+        module: The network.
+        entry: The format.
+
+    Returns:
+        The sides that its images may have, in pixels.
+
+    Raises:
+        ExportError: The format takes images of one size, or the network does.
+    """
+    how = "ask for one size, such as --image_size 256"
+    if module.task not in entry.dynamic_size:
+        others = " and ".join(other.name for other in FORMATS.values() if module.task in other.dynamic_size)
+        raise ExportError(
+            f"a file of {entry.name} for {module.task} takes images of one size; {others or 'none'} can take any: {how}"
+        )
+    if module.open_sides is None:
+        name = module.metadata().get("backbone", type(module).__name__)
+        raise ExportError(f"{name} can only be exported for images of one size, on which its graph depends: {how}")
+    return module.open_sides
 
 
 @contextmanager
@@ -206,20 +248,45 @@ def _move_into_place(folder: Path, target: Path) -> None:
         raise
 
 
-def _batches(
-    module: Deployable, samples: Sequence[tuple[Tensor, ...]], size: tuple[int, int], batch: int | None
-) -> list[tuple[Tensor, ...]]:
+def _noise(module: Deployable, source: Source, batch: int | None) -> list[tuple[Tensor, ...]]:
+    """Images of nothing, one by one."""
+    number = batch or sum(_CHECKED_BATCHES)
+    height, width = source.inputs[0].shape[2:]
+    noise = module.example_inputs(number, (height, width))  # at once: it is the same at each call
+    return [tuple(tensor[one : one + 1] for tensor in noise) for one in range(number)]
+
+
+def _batches(samples: Sequence[tuple[Tensor, ...]], batch: int | None) -> list[tuple[Tensor, ...]]:
     """Samples put together to batches that the file takes; the last is filled up by beginning again."""
-    if not samples:
-        number = batch or sum(_CHECKED_BATCHES)
-        noise = module.example_inputs(number, size)  # at once: it is the same at each call
-        samples = [tuple(tensor[one : one + 1] for tensor in noise) for one in range(number)]
     sizes = _CHECKED_BATCHES if batch is None else (batch,)
     batches: list[tuple[Tensor, ...]] = []
     taken = 0
     while taken < len(samples) or len(batches) < len(sizes):
         number = sizes[len(batches) % len(sizes)]
-        chosen = [samples[(taken + step) % len(samples)] for step in range(number)]
-        batches.append(tuple(torch.cat(parts) for parts in zip(*chosen, strict=True)))
+        batches.append(_together([samples[(taken + step) % len(samples)] for step in range(number)]))
         taken += number
     return batches
+
+
+def _together(samples: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """One batch, in which images of several sizes are padded at the bottom and at the right."""
+    height, width = (max(sample[0].shape[axis] for sample in samples) for axis in (2, 3))
+    padded = [(_enlarged(sample[0], height, width), *sample[1:]) for sample in samples]
+    return tuple(torch.cat(parts) for parts in zip(*padded, strict=True))
+
+
+def _enlarged(images: Tensor, height: int, width: int) -> Tensor:
+    return functional.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
+
+
+def _of_sizes(batches: list[tuple[Tensor, ...]], sides: range) -> list[tuple[Tensor, ...]]:
+    """The batches, and where all have one size the first again with more padding, or with less of the images."""
+    sizes = {batch[0].shape[2:] for batch in batches}
+    if len(sizes) > 1:
+        return batches
+    images, *others = batches[0]
+    height, width = (
+        side + step * sides.step if side + step * sides.step in sides else side - step * sides.step
+        for side, step in zip(images.shape[2:], _CHECKED_STEPS, strict=True)
+    )
+    return [*batches, (_enlarged(images, height, width), *others)]

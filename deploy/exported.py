@@ -49,10 +49,16 @@ class Exported:
         return tuple(self.metadata["output_names"])
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of its images in pixels."""
-        height, width = self.metadata["size"]
-        return height, width
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of its images in pixels; ``None`` for any that `sides` has."""
+        size = self.metadata["size"]
+        return None if size is None else (size[0], size[1])
+
+    @property
+    def sides(self) -> range | None:
+        """Heights and widths that its images may have; ``None`` where they have one `size`."""
+        sides = self.metadata.get("sides")
+        return None if sides is None else range(sides["least"], sides["most"] + 1, sides["step"])
 
     @property
     def batch(self) -> int | None:
@@ -77,6 +83,7 @@ class Exported:
             raise ConfigError(f"{self.path} takes {len(entries)} inputs {self.input_names}, not {len(tensors)}")
         for entry, tensor in zip(entries, tensors, strict=True):
             self._check_input(entry, tensor)
+        self._check_sides(tensors[0])
         return self._run([tensor.detach().cpu().contiguous() for tensor in tensors])
 
     def _check_input(self, entry: Mapping[str, Any], tensor: Tensor) -> None:
@@ -89,6 +96,15 @@ class Exported:
             raise ConfigError(f"{self.path}: {entry['name']} must have the shape ({words}), not {shape}")
         if str(tensor.dtype) != f"torch.{entry['dtype']}":
             raise ConfigError(f"{self.path}: {entry['name']} must be {entry['dtype']}, not {tensor.dtype}")
+
+    def _check_sides(self, images: Tensor) -> None:
+        sides = self.sides
+        if sides is not None and not all(side in sides for side in images.shape[2:]):
+            height, width = images.shape[2:]
+            raise ConfigError(
+                f"{self.path} takes images whose height and width are multiples of {sides.step} from {sides[0]} to "
+                f"{sides[-1]} pixels, not {height} x {width}: pad them at the bottom and at the right, or resize them"
+            )
 
 
 def open_exported(path: str | Path, threads: int | None = None) -> Exported:

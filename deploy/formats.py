@@ -24,8 +24,6 @@ def _everywhere() -> bool:
 class Format:
     """One kind of file, and what it can do.
 
-    Every file takes images of one size: tables of attention biases, anchors and windows are made for it.
-
     Attributes:
         name: What the command line calls it.
         description: One line for tables.
@@ -34,7 +32,8 @@ class Format:
         modules: What has to be importable to write it.
         readers: What has to be importable to run it.
         tasks: Tasks whose networks it can hold.
-        dynamic_batch: Whether a file can take any number of images.
+        dynamic_batch: Tasks of which a file can take any number of images.
+        dynamic_size: Tasks of which a file can take images of any size; the network has to as well.
         tolerance: Largest difference from the source that counts as rounding, relative to the largest value of an
             output.
         write: ``(source, path, metadata)`` writes the file or files.
@@ -51,7 +50,8 @@ class Format:
     modules: tuple[str, ...]
     readers: tuple[str, ...]
     tasks: tuple[str, ...]
-    dynamic_batch: bool
+    dynamic_batch: tuple[str, ...]
+    dynamic_size: tuple[str, ...]
     tolerance: float
     write: Callable[[Source, Path, str], None]
     attach: Callable[[Path, str], None] | None
@@ -69,7 +69,8 @@ _TABLE = (
         modules=("onnx", "onnxscript", "onnxruntime"),
         readers=("onnxruntime",),
         tasks=_ALL_TASKS,
-        dynamic_batch=True,
+        dynamic_batch=_ALL_TASKS,
+        dynamic_size=_ALL_TASKS,
         tolerance=1e-4,
         write=onnx.write_onnx,
         attach=onnx.attach_onnx,
@@ -84,7 +85,8 @@ _TABLE = (
         modules=("openvino", "onnx", "onnxscript"),
         readers=("openvino",),
         tasks=_ALL_TASKS,
-        dynamic_batch=True,
+        dynamic_batch=_ALL_TASKS,
+        dynamic_size=_ALL_TASKS,
         tolerance=1e-4,
         write=onnx.write_openvino,
         attach=onnx.attach_openvino,
@@ -99,7 +101,8 @@ _TABLE = (
         modules=(),
         readers=(),
         tasks=_ALL_TASKS,
-        dynamic_batch=False,
+        dynamic_batch=(),
+        dynamic_size=(),
         tolerance=1e-4,
         write=own.write_torchscript,
         attach=own.attach_torchscript,
@@ -114,7 +117,8 @@ _TABLE = (
         modules=(),
         readers=(),
         tasks=_ALL_TASKS,
-        dynamic_batch=True,
+        dynamic_batch=("classification",),  # of a detector it would need effvit to run
+        dynamic_size=("classification",),
         tolerance=1e-4,
         write=own.write_pt2,
         attach=own.attach_pt2,
@@ -129,7 +133,8 @@ _TABLE = (
         modules=("coremltools",),
         readers=("coremltools",),
         tasks=("classification",),
-        dynamic_batch=False,
+        dynamic_batch=(),
+        dynamic_size=(),
         tolerance=1e-3,
         write=mobile.write_coreml,
         attach=mobile.attach_coreml,
@@ -145,7 +150,8 @@ _TABLE = (
         modules=("executorch",),
         readers=("executorch",),
         tasks=("classification",),
-        dynamic_batch=False,
+        dynamic_batch=(),
+        dynamic_size=(),
         tolerance=1e-4,
         write=mobile.write_executorch,
         attach=None,

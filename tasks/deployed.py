@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from effvit import __version__
+from effvit.backbones import Backbone
 from effvit.errors import ExportError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from effvit.categories import Categories
     from effvit.tasks.detectors._contract import Detector
@@ -45,6 +46,8 @@ class Deployed(nn.Module, ABC):
         input_names: Names of what `forward` takes, in order.
         output_names: Names of what `forward` returns, in order.
         parts: Names of submodules by part of a detector; all of them are called as modules. One may lie in another.
+        open_sides: Sides in pixels of the images that it takes where it is exported for images of any size; ``None``
+            where it can only be exported for one.
         dynamic_batch: Whether it can be exported for any batch size; otherwise the one that it is exported with counts.
     """
 
@@ -53,6 +56,7 @@ class Deployed(nn.Module, ABC):
     output_names: tuple[str, ...]
     parts: Mapping[str, tuple[str, ...]]
     dynamic_batch: bool
+    open_sides: range | None = None
     scale: Tensor
     shift: Tensor
 
@@ -98,6 +102,10 @@ class Deployed(nn.Module, ABC):
             size: Height and width in pixels.
         """
 
+    def onnx_translations(self) -> dict[Any, Callable[..., Any]]:
+        """What operators of ours are in ONNX, for ``torch.onnx.export(custom_translation_table=...)``."""
+        return {}
+
     def metadata(self) -> dict[str, Any]:
         """What a user of the exported file has to know, JSON-able.
 
@@ -142,6 +150,7 @@ class DeployedClassifier(Deployed):
     ) -> None:
         super().__init__(categories, mean, std, settings, of_weights(network).device)
         self.network = network
+        self.open_sides = open_sides_of(network)
 
     def forward(self, images: Tensor) -> Tensor:
         """Class probabilities ``(B, K)``, float32.
@@ -178,7 +187,7 @@ class DeployedDetector(Deployed):
 
     task = "detection"
     input_names = ("images", "sizes", "original_sizes")
-    dynamic_batch = False
+    dynamic_batch = True
 
     def __init__(
         self,
@@ -190,6 +199,7 @@ class DeployedDetector(Deployed):
     ) -> None:
         super().__init__(categories, mean, std, {**settings, **_limits(detector)}, of_weights(detector).device)
         self.detector = _fixed(detector)
+        self.open_sides = open_sides_of(detector)
         self.output_names = self.detector.outputs
         self.parts = {part: tuple(f"detector.{name}" for name in names) for part, names in self.detector.parts.items()}
 
@@ -211,6 +221,12 @@ class DeployedDetector(Deployed):
         found: tuple[Tensor, ...] = self.detector(images, sizes, original_sizes)
         return found
 
+    def onnx_translations(self) -> dict[Any, Callable[..., Any]]:
+        """See `Deployed.onnx_translations`: the suppression of duplicates over a batch."""
+        from effvit.tasks.detectors._suppression_operator import onnx_translations
+
+        return onnx_translations()
+
     def unpack(
         self, outputs: Sequence[Tensor], original_sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[dict[str, Any]]:
@@ -221,6 +237,11 @@ class DeployedDetector(Deployed):
         """See `Deployed.example_inputs`; the images are neither padded nor resized."""
         sizes = torch.tensor([size] * batch)
         return noise(batch, size), sizes, sizes.clone()
+
+
+def open_sides_of(network: nn.Module) -> range | None:
+    """`Backbone.open_sides` of the backbone inside a network; ``None`` where there is none of ours."""
+    return next((module.open_sides for module in network.modules() if isinstance(module, Backbone)), None)
 
 
 def unpack_detections(

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import nms
+
+from effvit.tasks.detectors._suppression_operator import kept_of_batch, recorded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,8 +72,8 @@ def static(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` best of each row ``(..., N)`` and their places, best first; all of them where there are fewer."""
-    (size,) = static([scores[..., None, :]])
-    return scores.topk(min(count, size[1]), dim=-1)
+    ((_, size),) = static([scores[..., None, :]])
+    return scores.topk(torch.sym_min(count, size), dim=-1)
 
 
 def taken(values: Tensor, places: Tensor) -> Tensor:
@@ -116,9 +117,8 @@ def suppress(found: Candidates, threshold: float, most: int) -> Candidates:
     nowhere = torch.cat([lowest - 3, lowest - 3, lowest - 2, lowest - 2], dim=-1)
     apart = apart.where(found.valid[..., None], nowhere)
     scores = found.scores.masked_fill(~found.valid, -1)
-    keep = torch.stack(
-        [_kept(own, rank, threshold, most) for own, rank in zip(apart.unbind(0), scores.unbind(0), strict=True)]
-    )
+    # A number of images that is left open cannot be looped over.
+    keep = (recorded if isinstance(scores.shape[0], torch.SymInt) else kept_of_batch)(apart, scores, threshold, most)
     valid = found.valid.gather(1, keep)
     return Candidates(
         taken(inside, keep),
@@ -131,10 +131,3 @@ def suppress(found: Candidates, threshold: float, most: int) -> Candidates:
 def _with_filler(found: Candidates) -> Candidates:
     """One more candidate that does not count, which stands for what is missing."""
     return Candidates(*(torch.cat([values, torch.zeros_like(values[:, :1])], dim=1) for values in found))
-
-
-def _kept(boxes: Tensor, scores: Tensor, threshold: float, most: int) -> Tensor:
-    """Places ``(most,)`` of what is kept of one image, best first, and then the last place."""
-    kept: Tensor = nms(boxes, scores, threshold)
-    filler = torch.full((most,), boxes.shape[0] - 1, dtype=torch.int64, device=boxes.device)
-    return torch.cat([kept, filler]).narrow(0, 0, most)

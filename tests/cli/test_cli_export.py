@@ -185,7 +185,8 @@ def test_the_page_says_what_the_table_of_formats_does():
         assert row[1].split(" + ")[0] == f"`{entry.suffix}`"
         assert row[3] == (f"`effvit[{entry.extra}]`" if entry.extra else "-")
         assert row[4] == ", ".join(entry.tasks)
-        assert row[5] == ("classification" if entry.dynamic_batch else "no")  # a detector's is fixed in any
+        assert row[5] == (", ".join(entry.dynamic_batch) or "no")
+        assert row[6] == (", ".join(entry.dynamic_size) or "no")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,61 @@ def test_a_network_whose_graph_is_of_one_batch_is_written_for_one_image(stand_in
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), [("onnx", "detector"), ("openvino", "detector"), ("pt2", "classifier")])
+def test_a_file_for_images_of_any_size(name, kind, stand_ins, tmp_path):
+    for package in FORMATS[name].modules:
+        pytest.importorskip(package)
+    module = getattr(stand_ins, kind)()
+    done = export(module, name, tmp_path / f"model{FORMATS[name].suffix}", size=None)
+    opened = open_exported(done.path, threads=1)
+    assert (opened.size, opened.sides, opened.batch) == (None, range(32, 129, 32), None)
+    for batch, size in ((1, (128, 32)), (2, (64, 64)), (3, (32, 96))):
+        inputs = module.example_inputs(batch, size)
+        expected = module(*inputs)
+        expected = [expected] if isinstance(expected, torch.Tensor) else expected
+        for found, wanted in zip(opened.run(*inputs), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    for size in ((64, 48), (160, 64)):
+        with pytest.raises(ConfigError, match=r"multiples of 32 from 32 to 128 pixels, not .*: pad them"):
+            opened.run(*module.example_inputs(1, size))
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        ([(64, 64), (64, 64)], [(64, 64), (96, 128)]),
+        ([(128, 96), (128, 96)], [(128, 96), (96, 32)]),
+        ([(64, 64), (64, 96)], [(64, 64), (64, 96)]),
+    ],
+)
+def test_images_of_any_size_are_compared_at_two_sizes(images, expected):
+    samples = [(torch.ones(1, 3, *size), torch.tensor([list(size)])) for size in images]
+    batches = module_under_test._of_sizes(module_under_test._batches(samples, 1), range(32, 129, 32))
+    found = [tuple(batch[0].shape[2:]) for batch in batches]
+    assert list(dict.fromkeys(found)) == expected
+    assert all(len(batch) == 2 for batch in batches)
+
+
+def test_images_of_several_sizes_are_padded_to_one_batch():
+    samples = [(torch.ones(1, 3, *size),) for size in ((64, 32), (32, 96))]
+    ((images,),) = module_under_test._batches(samples, 2)
+    assert images.shape == (2, 3, 64, 96)
+    assert images[0].sum() == 3 * 64 * 32
+    assert images[1, :, :32, :96].sum() == images[1].sum() == 3 * 32 * 96
+
+
+def test_any_size_is_refused_before_any_work(stand_ins, tmp_path):
+    module = stand_ins.detector()
+    module.forward = None  # whoever ran it would fail
+    with pytest.raises(ExportError, match="torchscript for detection takes images of one size; onnx and openvino can"):
+        export(module, "torchscript", tmp_path / "a.torchscript", size=None)
+    module.open_sides = None
+    with pytest.raises(ExportError, match=r"Detector can only be exported for images of one size.* --image_size 256"):
+        export(module, "onnx", tmp_path / "a.onnx", size=None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_executorch(stand_ins, tmp_path):
     pytest.importorskip("executorch")
     module = stand_ins.classifier()
@@ -145,9 +200,9 @@ def test_real_images_are_compared_in_batches_of_the_file(stand_ins, tmp_path, mo
 
 
 @pytest.mark.parametrize(("number", "expected"), [(1, [1, 3]), (4, [1, 3]), (5, [1, 3, 1]), (9, [1, 3, 1, 3, 1])])
-def test_any_batch_is_checked_with_others_than_the_traced_one(number, expected, stand_ins):
-    samples = [(torch.tensor([[index]]),) for index in range(number)]
-    batches = module_under_test._batches(stand_ins.classifier(), samples, SIZE, None)
+def test_any_batch_is_checked_with_others_than_the_traced_one(number, expected):
+    samples = [(torch.full((1, 1, 1, 1), index),) for index in range(number)]
+    batches = module_under_test._batches(samples, None)
     assert [len(batch[0]) for batch in batches] == expected
     flat = [int(value) for batch in batches for value in batch[0]]
     assert flat == [index for index, _ in zip(itertools.cycle(range(number)), flat, strict=False)]
