@@ -19,14 +19,17 @@ if TYPE_CHECKING:
     from effvit.deploy.records import Subject
     from effvit.tasks import Detection, Task
 
-#: What a name can be measured as: a classifier of ImageNet, the feature maps alone, or a detector of COCO.
-KINDS = ("classifier", "backbone", "retinanet", "faster_rcnn", "mask_rcnn", "ssdlite")
+#: Heads of segmentation, each with the number of classes of the data set that it is published on: ADE20K, PASCAL VOC.
+_SEGMENTERS = {"semantic_fpn": 150, "deeplabv3": 21}
+#: What a name can be measured as: a classifier of ImageNet, the feature maps alone, a detector of COCO, or a segmenter.
+KINDS = ("classifier", "backbone", "retinanet", "faster_rcnn", "mask_rcnn", "ssdlite", *_SEGMENTERS)
 _COCO_CLASSES = 80
 _LEAST_SIDE = 32
 _MEAN_LOGIT, _LOGIT_DEVIATION = -4.0, 2.0
 #: Input of a detector where no size is given: what the published tables count, and SSDLite's own.
 _DETECTOR_SIZES = {"ssdlite": (320, 320)}
 _DETECTOR_SIZE = (800, 1280)
+_SEGMENTER_SIZE = (512, 512)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ def named_subject(spec: Spec, kind: str, size: tuple[int, int] | None) -> Subjec
     size = spec.size or size
     if kind in ("classifier", "backbone"):
         return _plain_subject(spec, kind, size)
+    if kind in _SEGMENTERS:
+        return _segmenter_subject(spec, kind, size or _SEGMENTER_SIZE)
     return _detector_subject(spec, kind, size or _DETECTOR_SIZES.get(kind, _DETECTOR_SIZE))
 
 
@@ -147,10 +152,25 @@ def _detector_subject(spec: Spec, kind: str, size: tuple[int, int]) -> Subject:
     from effvit.tasks import Detection
 
     torch.manual_seed(0)
-    categories = {number: f"class {number}" for number in range(1, _COCO_CLASSES + 1)}
-    task = Detection(backbone=spec.name, categories=categories, backbone_options=spec.options or None, detector=kind)
+    classes = _classes(_COCO_CLASSES)
+    task = Detection(backbone=spec.name, categories=classes, backbone_options=spec.options or None, detector=kind)
     _see_things(task, size)
     return task_subject(f"{kind} {spec.text}", task, size)
+
+
+def _segmenter_subject(spec: Spec, kind: str, size: tuple[int, int]) -> Subject:
+    import torch
+
+    from effvit.tasks import Segmentation
+
+    torch.manual_seed(0)
+    classes = _classes(_SEGMENTERS[kind])
+    task = Segmentation(backbone=spec.name, categories=classes, backbone_options=spec.options or None, head=kind)
+    return task_subject(f"{kind} {spec.text}", task, size)
+
+
+def _classes(number: int) -> dict[int, str]:
+    return {label: f"class {label}" for label in range(1, number + 1)}
 
 
 def _see_things(task: Detection, size: tuple[int, int]) -> None:
@@ -204,7 +224,7 @@ def task_subject(name: str, task: Task, size: tuple[int, int]) -> Subject:
 
     Args:
         name: What tables call it.
-        task: A classification or detection task.
+        task: A task of any kind.
         size: Height and width of its images in pixels.
     """
     from effvit.deploy.records import Subject
