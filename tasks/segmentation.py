@@ -23,6 +23,7 @@ from effvit.tasks._task import (
     freeze_norm_statistics,
     normalise,
 )
+from effvit.tasks.deployed_segmenter import DeployedSegmenter
 from effvit.tasks.losses.segmentation import SegmentationLoss
 from effvit.tasks.metrics.segmentation import SegmentationEvaluator, SegmentationResult
 from effvit.tasks.segmenters._inference import Inference
@@ -260,6 +261,11 @@ class Segmentation(Task):
             [target["original_size"] for target in batch[1]],
             align_corners=self.segmenter.align_corners,
         )
+
+    def deployable(self) -> DeployedSegmenter:
+        """See `Task.deployable`; an image is seen once and whole, however the task evaluates."""
+        settings = {"head": self.hparams["head"], "backbone": self.hparams["backbone"]}
+        return DeployedSegmenter(self.segmenter, self.categories, self.mean, self.std, settings)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:  # noqa: ARG002 - Lightning's signature
         """Labels the images, and hands the label maps to the evaluator and to the callbacks."""
