@@ -1,8 +1,9 @@
 """Lightning callbacks, each usable without the others."""
 
+from effvit.callbacks._palette import class_colour
 from effvit.callbacks.checkpoints import RunCheckpoint
 from effvit.callbacks.classification import ClassificationReport
-from effvit.callbacks.drawing import captioned, class_colour, draw_detections, draw_kept_patches, panel_grid
+from effvit.callbacks.drawing import captioned, draw_detections, draw_kept_patches, panel_grid
 from effvit.callbacks.ema import EMA, select_weights
 from effvit.callbacks.hardware_benchmark import HardwareBenchmark
 from effvit.callbacks.predictions import ClassificationWriter, PredictionWriter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from pycocotools import mask as mask_api
 from torch import Tensor
 
 from effvit.callbacks._canvas import GREY, INK, PAPER, Colour, Font, cut, luminance, resize, text_font, to_picture
+from effvit.callbacks._palette import class_colour
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,33 +22,6 @@ _Rectangle = tuple[float, float, float, float]
 
 _MASK_OPACITY = 0.45
 _DROPPED_OPACITY = 0.85  # enough left to see what was dropped
-# Hues by hand where a data set has few classes: far apart, and readable on photographs and on white.
-_FIRST_COLOURS: tuple[Colour, ...] = (
-    (230, 57, 70),
-    (29, 122, 214),
-    (42, 157, 85),
-    (245, 130, 32),
-    (142, 68, 214),
-    (0, 168, 181),
-    (233, 30, 140),
-    (176, 137, 0),
-    (121, 85, 72),
-    (94, 114, 228),
-)
-
-
-def class_colour(label: int) -> Colour:
-    """Colour (R, G, B) of a class, the same in every picture.
-
-    Args:
-        label: Contiguous label, 0 or more.
-    """
-    if 0 <= label < len(_FIRST_COLOURS):
-        return _FIRST_COLOURS[label]
-    # Steps of the golden ratio never fall on an earlier hue; lightness alternates as a second cue.
-    hue = (label * 0.6180339887) % 1.0
-    red, green, blue = colorsys.hls_to_rgb(hue, (0.45, 0.58, 0.36)[label % 3], 0.75)
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def draw_detections(
