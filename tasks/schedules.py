@@ -263,7 +263,8 @@ class Poly(TrainingSchedule):
         self._steps = min(ends)
 
     def _curve(self, epoch: int, step: int, peak: float) -> float:  # noqa: ARG002 - only steps count
-        rate = self._min_lr + (peak - self._min_lr) * (1 - min(1.0, step / self._steps)) ** self._power
+        left = math.pow(1 - min(1.0, step / self._steps), self._power)
+        rate = self._min_lr + (peak - self._min_lr) * left
         if step >= self._warmup_steps:
             return rate
         return rate * (1 - (1 - step / self._warmup_steps) * (1 - self._warmup_factor))

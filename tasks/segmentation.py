@@ -140,7 +140,7 @@ class Segmentation(Task):
         self.norm_eval = norm_eval
         self.head_lr_scale = _positive("head_lr_scale", head_lr_scale)
         self.decay_all = decay_all
-        self.inference = Inference(inference, tuple(window), tuple(window_stride), flip_test, tuple(test_scales))
+        self.inference = Inference(inference, window, window_stride, flip_test, tuple(test_scales))
         settings = SegmenterSettings(
             pyramid_channels=pyramid_channels,
             head_channels=head_channels,

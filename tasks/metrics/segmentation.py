@@ -113,13 +113,14 @@ class SegmentationEvaluator:
             The same result on every process.
         """
         none = torch.zeros(self.num_classes, self.num_classes + 1, dtype=torch.int64)
-        own = (self._ids, *(none if counts is None else counts.cpu() for counts in (self._counts, self._last)))
+        counts, last = (none if held is None else held.cpu() for held in (self._counts, self._last))
+        own = (self._ids, counts, last)
         parts, rank = [own], 0
         if dist.is_available() and dist.is_initialized():
             parts, rank = [own] * dist.get_world_size(), dist.get_rank()
             dist.all_gather_object(parts, own)
-        counts, twice = _once_each(parts)
-        result = _evaluate(counts)
+        total, twice = _once_each(parts)
+        result = _evaluate(total)
         if twice and rank == 0:
             _log.warning("%d images were seen by several processes and count as often: the sampler repeats them", twice)
         if result.not_finite and rank == 0:
@@ -128,7 +129,7 @@ class SegmentationEvaluator:
                 "wrong. Go back to an earlier checkpoint, and lower the learning rate, clip gradients or leave half "
                 "precision",
                 result.not_finite,
-                int(counts.sum()),
+                int(total.sum()),
             )
         return result
 
