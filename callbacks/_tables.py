@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 DASH = "\N{EN DASH}"
 COCO_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-_CLASSIFICATION_COLUMNS = ("top1", "top5", "loss", "ece")
+#: Columns of tasks other than detection, by the metric that tells them.
+_COLUMNS = {"top1": ("top1", "top5", "loss", "ece"), "mIoU": ("mIoU", "mAcc", "aAcc")}
 _MOST_CLASSES = 100
 _EXTREMES = 10
 
@@ -44,7 +45,8 @@ def format_count(number: int) -> str:
 
 
 def metrics_table(metrics: Mapping[str, float], title: str, hardware: Mapping[str, float] | None = None) -> Table:
-    """One row for boxes, and one for masks where there are (``mask_AP50``); one of a classifier; else name and value.
+    """One row for boxes, and one for masks where there are (``mask_AP50``); one of a classifier or a segmenter; else name and
+    value.
 
     Args:
         metrics: Values by name, without ``val/`` or ``test/``.
@@ -57,8 +59,9 @@ def metrics_table(metrics: Mapping[str, float], title: str, hardware: Mapping[st
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, min_width=len(title)
     )  # else a narrow table breaks its title into lines
-    if "top1" in metrics:
-        names = [name for name in _CLASSIFICATION_COLUMNS if name in metrics]
+    own = next((columns for first, columns in _COLUMNS.items() if first in metrics), None)
+    if own is not None:
+        names = [name for name in own if name in metrics]
         for name in (*names, *costs):
             table.add_column(name, justify="right")
         table.add_row(*(format_metric(metrics[name]) for name in names), *costs.values())

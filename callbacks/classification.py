@@ -127,7 +127,7 @@ class ClassificationReport(Callback):
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         result: Any = getattr(pl_module, "result", None)
-        if not trainer.is_global_zero or not hasattr(result, "confusion") or result is self._reported:
+        if not trainer.is_global_zero or not hasattr(result, "calibration") or result is self._reported:
             return
         folder, names = run_folder(trainer), cast("Categories", pl_module.categories).names
         title = f"{split}, step {trainer.global_step}" if trainer.global_step else split

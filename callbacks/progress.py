@@ -17,7 +17,7 @@ from effvit.errors import ConfigError
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-_HEADLINES = ("AP", "AP50", "AP75", "mask_AP", "mask_AP50", "top1", "top5")
+_HEADLINES = ("AP", "AP50", "AP75", "mask_AP", "mask_AP50", "top1", "top5", "mIoU", "mAcc", "aAcc")
 
 
 class Progress(RichProgressBar):

@@ -26,7 +26,7 @@ from effvit.errors import ConfigError
 if TYPE_CHECKING:
     from PIL import Image
 
-_CURVES = ("AP", "AP50", "mask_AP", "mask_AP50", "top1", "top5")
+_CURVES = ("AP", "AP50", "mask_AP", "mask_AP50", "top1", "top5", "mIoU", "mAcc", "aAcc")
 
 
 class RunReport(Callback):
@@ -38,12 +38,13 @@ class RunReport(Callback):
     resumed run goes on with the same curves. The table has AP, AP50, AP75, APs, APm and APl of boxes and of masks (a
     dash where COCO has nothing to find), and the AP of each class where the task computes it; for a classifier top-1,
     top-5, loss and calibration error, and the accuracy of each class, or of the worst and the best ten of more than a
-    hundred. Where `HardwareBenchmark` runs too, latency and memory stand beside them.
+    hundred; for a segmenter mIoU, mean and pixel accuracy, and IoU and accuracy of each class likewise. Where `HardwareBenchmark` runs too, latency and memory stand beside them.
 
     Pictures need a task whose ``validation_step`` returns ``{"detections": [...]}`` (``boxes`` as (x1, y1, x2, y2) in
     pixels of the original image, ``scores``, ``labels``, and for masks ``rles``, compressed COCO masks at the original
     size) for a batch ``(images uint8 (B, 3, H, W), targets)``, and which has ``categories``. Masks of the ground truth
-    are drawn where the targets have ``masks``. Any other task gets curves and a table.
+    are drawn where the targets have ``masks``. Any other task gets curves and a table; `SegmentationReport` draws the
+    predictions of a segmenter.
 
     Args:
         images: Validation images in ``predictions.png``; 0 for no picture.
@@ -272,12 +273,16 @@ def _per_class(pl_module: LightningModule) -> tuple[list[tuple[str, list[float]]
     """Class names with their values, and the names of the values.
 
     They come from ``result.per_class`` of the task: ``{"bbox": AP by category id}`` of a detector, and the same as
-    ``"segm"`` where it finds masks; accuracy by label of a classifier.
+    ``"segm"`` where it finds masks; accuracy by label of a classifier; IoU by label of a segmenter, which has
+    ``result.accuracy_per_class`` too.
     """
     found = getattr(getattr(pl_module, "result", None), "per_class", None)
     categories = getattr(pl_module, "categories", None)
     if not isinstance(found, Mapping) or not isinstance(categories, Categories):
         return [], []
+    accuracies = getattr(pl_module.result, "accuracy_per_class", None)
+    if accuracies is not None:
+        return [(categories.names[k], [float(iou), accuracies[k]]) for k, iou in found.items()], ["IoU", "accuracy"]
     if hasattr(pl_module.result, "confusion"):
         return [(categories.names[label], [float(value)]) for label, value in found.items()], ["accuracy"]
     kinds = [name for name in ("bbox", "segm") if name in found]
