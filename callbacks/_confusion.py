@@ -105,10 +105,7 @@ def _matrix(axes: Axes, confusion: Tensor, labels: Sequence[str], size: float, *
     ticks = range(len(labels))
     axes.set_xticks(ticks, labels, rotation=90, fontsize=size)
     axes.set_yticks(ticks, labels, fontsize=size)
-    axes.set_xlabel(
-        "predicted" + (", in % of the true class's pixels" if percent and len(labels) <= _MOST_NUMBERS else ""),
-        color=GREY,
-    )
+    axes.set_xlabel("predicted, % of the true class's pixels" if percent else "predicted", color=GREY)
     axes.set_ylabel("true", color=GREY)
     axes.tick_params(length=0)
     for spine in axes.spines.values():
