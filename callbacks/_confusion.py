@@ -131,12 +131,11 @@ def _pairs(
         axes.annotate(text, (100 * share, place), xytext=(4, 0), textcoords="offset points", va="center", color=GREY)
     axes.set_ylim(max(len(pairs), 1) - 0.4, -0.6)
     axes.margins(x=0.1)
-    what = (
-        "% of the true class's pixels, most pixels first"
-        if percent
-        else "% of the true class's images (and their number)"
+    pixels, images = (
+        "% of the true class's pixels, most pixels first",
+        "% of the true class's images (and their number)",
     )
-    style(axes, "most confused, true → predicted", what)
+    style(axes, "most confused, true → predicted", pixels if percent else images)
 
 
 def _reliability(axes: Axes, calibration: Tensor) -> None:

@@ -45,8 +45,7 @@ def format_count(number: int) -> str:
 
 
 def metrics_table(metrics: Mapping[str, float], title: str, hardware: Mapping[str, float] | None = None) -> Table:
-    """One row for boxes, and one for masks where there are (``mask_AP50``); one of a classifier or a segmenter; else name and
-    value.
+    """One row for boxes, and one for masks (``mask_AP50``); one of a classifier or a segmenter; else name and value.
 
     Args:
         metrics: Values by name, without ``val/`` or ``test/``.

@@ -198,9 +198,8 @@ def _part(pixels: np.ndarray, labels: np.ndarray, line: int) -> None:
     edges = np.zeros(labels.shape, np.uint8)
     edges[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     edges[1:] |= labels[1:] != labels[:-1]
-    if line > 1:
-        edges = cv2.dilate(edges, np.ones((line, line), np.uint8))
-    pixels[edges > 0] += 0.75 * (255 - pixels[edges > 0])
+    where = cv2.dilate(edges, np.ones((line, line), np.uint8)) > 0
+    pixels[where] += 0.75 * (255 - pixels[where])
 
 
 def _write_names(picture: Image.Image, labels: np.ndarray, present: Sequence[int], names: Sequence[str]) -> None:

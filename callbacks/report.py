@@ -38,7 +38,8 @@ class RunReport(Callback):
     resumed run goes on with the same curves. The table has AP, AP50, AP75, APs, APm and APl of boxes and of masks (a
     dash where COCO has nothing to find), and the AP of each class where the task computes it; for a classifier top-1,
     top-5, loss and calibration error, and the accuracy of each class, or of the worst and the best ten of more than a
-    hundred; for a segmenter mIoU, mean and pixel accuracy, and IoU and accuracy of each class likewise. Where `HardwareBenchmark` runs too, latency and memory stand beside them.
+    hundred; for a segmenter mIoU, mean and pixel accuracy, and IoU and accuracy of each class likewise. Where
+    `HardwareBenchmark` runs too, latency and memory stand beside them.
 
     Pictures need a task whose ``validation_step`` returns ``{"detections": [...]}`` (``boxes`` as (x1, y1, x2, y2) in
     pixels of the original image, ``scores``, ``labels``, and for masks ``rles``, compressed COCO masks at the original

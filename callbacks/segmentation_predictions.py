@@ -114,7 +114,7 @@ def _id_mask(mask: Tensor, categories: Categories) -> Image.Image:
 
 
 def _shares(mask: Tensor, categories: Categories) -> list[dict[str, Any]]:
-    labels, counts = mask.unique(return_counts=True)
+    labels, counts = np.unique(mask.numpy(), return_counts=True)
     rows = sorted(zip(labels.tolist(), counts.tolist(), strict=True), key=lambda row: (-row[1], row[0]))
     return [
         {
