@@ -127,7 +127,7 @@ def _pairs(
     axes.barh(places, [100 * share for *_, share in pairs], color=BLUE, height=0.7)
     axes.set_yticks(places, written, fontsize=size)
     for place, (_, _, count, share) in enumerate(pairs):
-        text = f"{100 * share:.0f}" if percent else f"{count}"
+        text = f"{100 * share:.1f}" if percent else f"{count}"
         axes.annotate(text, (100 * share, place), xytext=(4, 0), textcoords="offset points", va="center", color=GREY)
     axes.set_ylim(max(len(pairs), 1) - 0.4, -0.6)
     axes.margins(x=0.1)
