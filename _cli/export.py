@@ -194,14 +194,24 @@ def _print_formats() -> None:
 
     from effvit.deploy.formats import FORMATS
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for head in ("format", "what it is", "needs", "networks for", "any batch", "any size"):
-        table.add_column(head, no_wrap=head == "needs")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for head in ("format", "what it is", "needs", "networks for", "any\nbatch", "any\nsize"):
+        table.add_column(head, no_wrap=head != "what it is")
     for entry in FORMATS.values():
         needs = f"effvit[{entry.extra}]" if entry.extra else "torch alone"
-        lists = (", ".join(tasks) or "no" for tasks in (entry.tasks, entry.dynamic_batch, entry.dynamic_size))
-        table.add_row(entry.name, entry.description, needs.replace("[", r"\["), *lists)
+        which = (_which(entry, tasks) for tasks in (entry.dynamic_batch, entry.dynamic_size))
+        table.add_row(entry.name, entry.description, needs.replace("[", r"\["), "\n".join(entry.tasks), *which)
     get_console().print(table)
+    for entry in FORMATS.values():
+        if "partly" in (_which(entry, entry.dynamic_batch), _which(entry, entry.dynamic_size)):
+            batch, size = (" and ".join(tasks) or "none" for tasks in (entry.dynamic_batch, entry.dynamic_size))
+            print(f"{entry.name}: any batch for {batch}, any size for {size}")
+
+
+def _which(entry: Format, tasks: Sequence[str]) -> str:
+    if not tasks:
+        return "no"
+    return "yes" if set(tasks) == set(entry.tasks) else "partly"
 
 
 def _print_result(done: Export) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import operator
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from effvit.deploy._formats_source import METADATA_KEY, Run, Source, graph_of, quiet, warm_up
-from effvit.deploy._onnx_trace import session_options, trace_to_onnx
+from effvit.deploy._formats_source import METADATA_KEY, Run, Source, graph_of, open_shapes, quiet, warm_up
+from effvit.deploy._onnx_trace import openvino_properties, session_options, trace_to_onnx
 
 _OPSET = 18  # the oldest that torch's exporter of graphs writes without converting
 
@@ -32,7 +34,7 @@ def write_onnx(source: Source, path: Path, text: str) -> None:
 
 def _write_graph(source: Source, path: Path) -> None:
     graph = graph_of(source)
-    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+    with quiet(), contextlib.redirect_stdout(io.StringIO()), open_shapes():
         from onnxscript.optimizer import fold_constants, remove_unused_nodes
 
         program = torch.onnx.export(
@@ -43,13 +45,24 @@ def _write_graph(source: Source, path: Path) -> None:
             opset_version=_OPSET,
             dynamo=True,
             optimize=False,  # its rewriting takes a minute, and runtimes do the same when they load a file
-            custom_translation_table=dict(source.onnx_translations),
+            custom_translation_table={operator.floordiv: _floor_division, **source.onnx_translations},
             verbose=False,
         )
         assert program is not None  # only the older exporter gives none
         fold_constants(program.model)  # what is left, ONNX Runtime warns of
         remove_unused_nodes(program.model)
         program.save(path, external_data=False)
+
+
+def _floor_division(one: Any, other: Any) -> Any:
+    """``//`` of sizes.
+
+    The exporter's own divides towards zero, which is another number for terms below 0, and torch may make such.
+    """
+    from onnxscript import opset18
+
+    rest = opset18.Mod(one, other)  # of the sign of `other`, as in Python
+    return opset18.Div(opset18.Sub(one, rest), other)
 
 
 def _write_trace(source: Source, path: Path) -> None:
@@ -124,13 +137,10 @@ def metadata_of_openvino(path: Path) -> str | None:
 
 
 def open_openvino(path: Path, threads: int | None) -> Run:
-    """Compiles a file with OpenVINO, on the CPU, in float32: its own default is bfloat16 where the processor has it."""
+    """Compiles a file with OpenVINO, on the CPU, in float32."""
     import openvino
 
-    options = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    if threads is not None:
-        options["INFERENCE_NUM_THREADS"] = str(threads)
-    compiled = openvino.Core().compile_model(path, "CPU", options)
+    compiled = openvino.Core().compile_model(path, "CPU", openvino_properties(threads))
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         found = compiled([tensor.numpy() for tensor in tensors])

@@ -118,9 +118,18 @@ def graph_of(source: Source) -> torch.export.ExportedProgram:
     """The graph of one forward pass, as ``torch.export`` records it."""
     warm_up(source)
     module = source.module if source.open_sides is None else _WholeSteps(source.module, source.open_sides.step)
-    # Shapes of which nothing is said are not searched for sides of 0 and 1, which takes most of the time.
-    with torch.no_grad(), quiet(), shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    with torch.no_grad(), quiet(), open_shapes():
         return torch.export.export(module, source.inputs, dynamic_shapes=_open_shapes(source), strict=False)
+
+
+@contextmanager
+def open_shapes() -> Iterator[None]:
+    """Within it, a side that is left open is not taken for a constant where it is 1 in the example.
+
+    Asking that of each shape takes most of the time of recording, too.
+    """
+    with shape_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        yield
 
 
 def _open_shapes(source: Source) -> Any:

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from effvit.deploy._installed import has_bf16
+from effvit.deploy._onnx_trace import openvino_properties
 from effvit.deploy._runtimes_contract import Prepared, Setting, converting, prepared, run_once
 from effvit.deploy._runtimes_files import as_array
 from effvit.deploy._runtimes_onnx import PREFIX, named_inputs, onnx_file
 from effvit.errors import ConfigError
 
-# Of what is not quantised. Left alone, OpenVINO takes bfloat16 where the processor has it, and no ratio would be fair.
 _HINTS = {"fp32": "f32", "int8": "f32", "bf16": "bf16"}
 
 
@@ -28,12 +28,7 @@ def openvino(module: nn.Module, inputs: tuple[Tensor, ...], setting: Setting) ->
 
     if setting.precision == "bf16" and not has_bf16():
         raise ConfigError("OpenVINO has no bf16 on this processor, which has no bf16 instructions. Use fp32 or int8.")
-    properties = {
-        "INFERENCE_NUM_THREADS": setting.threads,
-        "NUM_STREAMS": "1",
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": _HINTS[setting.precision],
-    }
+    properties = openvino_properties(setting.threads, _HINTS[setting.precision])
     with onnx_file(module, inputs, setting) as path, converting(module, "OpenVINO"):
         compiled = Core().compile_model(path, "CPU", properties)
     request = compiled.create_infer_request()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import platform
 import shutil
@@ -26,10 +27,13 @@ from effvit.errors import ConfigError, ExportError
 
 #: Images of a graph that is to take any number of them: torch.export keeps a size of 1 as it is.
 _TRACED_BATCH = 2
-#: Steps beyond the least size in which a graph for images of any size is recorded: not square, and nothing is 1.
-_TRACED_STEPS = (3, 1)
+#: Steps beyond the least size in which a graph for images of any size is recorded: not square, and so large that no map
+#: of stride 128 has a side of 1, which would be taken for a constant.
+_TRACED_STEPS = (7, 5)
 #: Steps by which images are made larger where all have one size, so that such a graph is checked on a second one.
 _CHECKED_STEPS = (1, 2)
+#: A folder of an export that is older than this is of one that was killed.
+_LEFT_OVER_SECONDS = 6 * 3600
 #: Sizes of the batches that a file for any batch is checked with: others than the traced one.
 _CHECKED_BATCHES = (1, 3)
 
@@ -218,12 +222,27 @@ def check_any_size(module: Deployable, entry: Format) -> range:
 def _staged(path: Path) -> Iterator[Path]:
     """A path in a folder beside, whose content takes the place of `path` at the end, and vanishes on an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.stem}.", dir=path.parent))
+    _remove_left_over(path)
+    folder = Path(tempfile.mkdtemp(prefix=_staging_prefix(path), dir=path.parent))
     try:
         yield folder / path.name
         _move_into_place(folder, path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _staging_prefix(path: Path) -> str:
+    return f".{path.name}.export-"
+
+
+def _remove_left_over(path: Path) -> None:
+    """Removes what an export to the same file left behind that was killed before it could do so itself.
+
+    Of another one that is still running, nothing is that old.
+    """
+    for folder in path.parent.glob(f"{glob.escape(_staging_prefix(path))}*"):
+        if time.time() - folder.stat().st_mtime > _LEFT_OVER_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _move_into_place(folder: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from effvit._cli.exported_inputs import canvas_of, fitted, preprocessing_of
+from effvit._cli.exported_inputs import canvas_of, fitted, network_inputs, open_canvas, preprocessing_of, samples_of
 from effvit.deploy.exported import metadata_of
 from effvit.deploy.formats import FORMATS
 from effvit.errors import ConfigError
@@ -291,3 +291,53 @@ def test_a_canvas_that_cannot_be(task, inputs, asked, match):
 )
 def test_images_are_made_to_fit_the_canvas(height, width, size):
     assert fitted(height, width, (800, 1344)) == size
+
+
+SIDES = range(64, 257, 32)
+
+
+def test_images_of_any_size_are_padded_to_the_next_one():
+    images, target = torch.ones(1, 3, 70, 130), {"size": (70, 130), "original_size": (700, 1300)}
+    found, sizes, originals = network_inputs("detection", (images, [target]), SIDES)
+    assert found.shape == (1, 3, 96, 160)
+    assert found.sum() == 3 * 70 * 130
+    assert (sizes.tolist(), originals.tolist()) == ([[70, 130]], [[700, 1300]])
+    assert network_inputs("detection", (images[..., :32], [target]), SIDES)[0].shape == (1, 3, 96, 64)
+
+
+def test_samples_of_any_size_are_no_larger_than_the_largest():
+    target = {"size": (300, 600), "original_size": (300, 600)}
+    ((images, sizes, _),) = samples_of("detection", [(torch.ones(1, 3, 320, 608), [target])], SIDES, 1)
+    assert images.shape == (1, 3, 128, 256)
+    assert sizes.tolist() == [[128, 256]]
+
+
+def test_images_of_any_size_are_made_as_in_the_run():
+    assert open_canvas("detection", KEEP, SIDES) == SIDES
+    assert preprocessing_of("detection", KEEP, SIDES) == {**KEEP, "image_size": [1333, 800]}
+    inputs = {"image_size": None, "published": {"size": 256}}
+    assert preprocessing_of("classification", inputs, open_canvas("classification", inputs, SIDES))["image_size"] == 256
+    with pytest.raises(ConfigError, match=r"images of 72 pixels, and a file .* takes multiples of 32 from 64 to 256"):
+        open_canvas("classification", {"image_size": 72}, SIDES)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "match"),
+    [
+        (
+            "torchscript",
+            ["any"],
+            "torchscript for classification takes images of one size; onnx and openvino and pt2 can",
+        ),
+        ("onnx", ["any"], "efficientvit_m0 can only be exported for images of one size"),
+        ("torchscript", ["large"], "--image_size needs a side, or height and width, in pixels, or any, not large"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_before_any_work(classifier, cli, tmp_path, name, size, match):
+    for package in FORMATS[name].modules:
+        pytest.importorskip(package)
+    words = ["--format", name, "--output", tmp_path / f"a{FORMATS[name].suffix}", "--image_size", *size]
+    done = cli.run("export", "--checkpoint", classifier, *words)
+    assert done.code != 0
+    assert match in done.err
+    assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from effvit.deploy import parts, timing
 
 class _StandIn(nn.Module):
     dynamic_batch = True
-    open_sides = range(32, 129, 32)
+    open_sides = range(32, 321, 32)
 
     def onnx_translations(self):
         return {}

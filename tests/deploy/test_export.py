@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from pathlib import Path
 
 import cv2
@@ -99,15 +100,15 @@ def test_a_file_for_images_of_any_size(name, kind, stand_ins, tmp_path):
     module = getattr(stand_ins, kind)()
     done = export(module, name, tmp_path / f"model{FORMATS[name].suffix}", size=None)
     opened = open_exported(done.path, threads=1)
-    assert (opened.size, opened.sides, opened.batch) == (None, range(32, 129, 32), None)
-    for batch, size in ((1, (128, 32)), (2, (64, 64)), (3, (32, 96))):
+    assert (opened.size, opened.sides, opened.batch) == (None, range(32, 321, 32), None)
+    for batch, size in ((1, (320, 32)), (2, (64, 64)), (3, (32, 96))):
         inputs = module.example_inputs(batch, size)
         expected = module(*inputs)
         expected = [expected] if isinstance(expected, torch.Tensor) else expected
         for found, wanted in zip(opened.run(*inputs), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    for size in ((64, 48), (160, 64)):
-        with pytest.raises(ConfigError, match=r"multiples of 32 from 32 to 128 pixels, not .*: pad them"):
+    for size in ((64, 48), (352, 64)):
+        with pytest.raises(ConfigError, match=r"multiples of 32 from 32 to 320 pixels, not .*: pad them"):
             opened.run(*module.example_inputs(1, size))
 
 
@@ -280,6 +281,18 @@ def test_files_that_belong_together_change_together(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write()
     assert content(tmp_path) == before
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next_one(tmp_path):
+    left, running, other = (tmp_path / name for name in (".a.pt.export-1", ".a.pt.export-2", ".b.pt.export-1"))
+    for folder in (left, running, other):
+        folder.mkdir()
+        (folder / "half").touch()
+    for folder in (left, other):
+        os.utime(folder, (0, 0))
+    with module_under_test._staged(tmp_path / "a.pt") as staged:
+        staged.touch()
+    assert sorted(content.name for content in tmp_path.iterdir()) == [running.name, other.name, "a.pt"]
 
 
 @pytest.mark.parametrize(
