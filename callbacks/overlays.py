@@ -24,15 +24,17 @@ _MOST_ENTRIES = 30  # more cannot be told apart by colour; they are counted toge
 _LEAST_SHARE = 0.95  # of the pixels under a name that are of its class
 _HATCH = 8  # pixels from stripe to stripe
 _STRIPES: tuple[Colour, Colour] = ((70, 73, 78), (150, 153, 158))
+_NEUTRAL: Colour = (214, 216, 220)
 _IGNORED = -1
 
 
 class _Entry(NamedTuple):
-    """One line of a legend: a label (-1 for pixels without one, ``None`` for no colour), its name, and what follows."""
+    """One line of a legend: a colour (``None`` for none), a name, what follows, and whether it is hatched."""
 
-    label: int | None
+    colour: Colour | None
     name: str
     value: str
+    hatched: bool = False
 
 
 def draw_segmentation(
@@ -47,7 +49,8 @@ def draw_segmentation(
     """Draws a label map on its image.
 
     The image is turned to grey below the colours, so that these are those of the legend. Thin lines part the regions;
-    pixels without label are hatched. A class has the same colour in every picture, see `class_colour`.
+    pixels without label are hatched. A class has the same colour in every picture, see `class_colour`; one that is
+    named background is left grey.
 
     Args:
         image: uint8 ``(3, h, w)``, RGB; of another size than ``mask`` it is resized to it.
@@ -69,7 +72,7 @@ def draw_segmentation(
     if not legend:
         return picture
     shares = _shares(labels)
-    entries = [_Entry(label, _name(label, names), _percent(share)) for label, share in shares.items()]
+    entries = [_entry(label, names, _percent(share)) for label, share in shares.items()]
     rest = sum(list(shares.values())[_MOST_ENTRIES:])
     return _stacked([picture, _draw_legend(_shortened(entries, _percent(rest)), picture.width)])
 
@@ -77,17 +80,17 @@ def draw_segmentation(
 def draw_segmentation_pair(
     image: Tensor, truth: Tensor, prediction: Tensor, names: Sequence[str], *, title: str = "", side: int = 420
 ) -> Image.Image:
-    """Draws image, ground truth and prediction side by side, with a heading above and one legend below.
+    """Draws image, ground truth and prediction side by side under titles, and one legend below.
 
-    The heading tells the share of the labelled pixels that are right. The legend has for each class its share of the
-    pixels in the truth and in the prediction.
+    Above the prediction stands which share of the labelled pixels is right. The legend has for each class its share of
+    the pixels in the truth and in the prediction.
 
     Args:
         image: uint8 ``(3, h, w)``, RGB; of another size than the label maps it is resized to them.
         truth: ``(H, W)``, labels, -1 for pixels without one.
         prediction: ``(H, W)``, likewise.
         names: Class name of each label.
-        title: What the heading begins with, such as the name of the file.
+        title: What stands above the image, such as the name of its file.
         side: Longer side of each picture in pixels. Small images are enlarged by at most 4.
 
     Returns:
@@ -108,16 +111,19 @@ def draw_segmentation_pair(
     for number, panel in enumerate(panels):
         strip.paste(panel, (number * (size[0] + _GAP), 0))
     legend = _draw_legend(_pair_entries(_shares(real), _shares(found), names), width)
-    return _stacked([_heading(title, real, found, width), strip, legend])
+    labelled = real != _IGNORED
+    right = f", {100 * (real == found)[labelled].mean():.0f} % right" if labelled.any() else ""
+    titles = (title or "image", "ground truth", f"prediction{right}")
+    return _stacked([_heading(titles, size[0]), strip, legend])
 
 
-def _heading(title: str, truth: np.ndarray, prediction: np.ndarray, width: int) -> Image.Image:
-    labelled = truth != _IGNORED
-    right = float((truth == prediction)[labelled].mean()) if labelled.any() else None
-    words = "no pixel has a label" if right is None else f"{100 * right:.0f} % of the labelled pixels right"
-    sheet = Image.new("RGB", (width, 22), PAPER)
+def _heading(titles: Sequence[str], width: int) -> Image.Image:
+    """Titles of panels of one width."""
+    sheet = Image.new("RGB", (len(titles) * (width + _GAP) - _GAP, 22), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((0, 11), cut(draw, f"{title}   {words}".strip(), 15, width), fill=INK, font=text_font(15), anchor="lm")
+    for number, title in enumerate(titles):
+        place = (number * (width + _GAP), 11)
+        draw.text(place, cut(draw, title, 15, width), fill=INK, font=text_font(15), anchor="lm")
     return sheet
 
 
@@ -128,7 +134,7 @@ def _pair_entries(truth: dict[int, float], prediction: dict[int, float], names: 
     entries = []
     for label in order:
         shares = " / ".join(_percent(found.get(label, 0.0)) for found in (truth, prediction))
-        entries.append(_Entry(label, _name(label, names), shares))
+        entries.append(_entry(label, names, shares))
     head = _Entry(None, "share of the pixels", "truth / prediction")
     return [head, *_shortened(entries, "")]
 
@@ -144,6 +150,11 @@ def _name(label: int, names: Sequence[str]) -> str:
     if label == _IGNORED:
         return "no label"
     return names[label] if 0 <= label < len(names) else f"class {label}"
+
+
+def _colour(label: int, names: Sequence[str]) -> Colour:
+    """What is no class of things is neutral: it would colour most of a picture."""
+    return _NEUTRAL if label == _IGNORED or _name(label, names) == "background" else class_colour(label)
 
 
 def _shares(labels: np.ndarray) -> dict[int, float]:
@@ -172,7 +183,7 @@ def _overlay(
     shown = labels[_places(height, size[1])[:, None], _places(width, size[0])]
     grey = np.asarray(original.convert("L").resize(size, Image.Resampling.LANCZOS), np.float32)[..., None]
     present = np.unique(shown).tolist()
-    table = np.array([class_colour(label) if label >= 0 else PAPER for label in present], np.float32)
+    table = np.array([_colour(label, names) for label in present], np.float32)
     mixed = (1 - _OPACITY) * grey + _OPACITY * table[np.searchsorted(present, shown)]
     _hatch(mixed, shown == _IGNORED)
     line = max(1, round(max(size) / 500))
@@ -246,8 +257,9 @@ def _draw_legend(entries: Sequence[_Entry], width: int) -> Image.Image:
     for number, entry in enumerate(entries):
         left, middle = (number // rows) * column, (number % rows + 0.5) * line
         start = left
-        if entry.label is not None:
-            sheet.paste(_swatch(entry.label, swatch), (round(left), round(middle - swatch / 2)))
+        if entry.colour is not None:
+            square = _swatch(entry.colour, swatch, hatched=entry.hatched)
+            sheet.paste(square, (round(left), round(middle - swatch / 2)))
             start += swatch + 6
         value_width = ruler.textlength(f"  {entry.value}", font=font)
         name = cut(draw, entry.name, size, max(column - gap - (start - left) - value_width, 3 * size))
@@ -257,14 +269,16 @@ def _draw_legend(entries: Sequence[_Entry], width: int) -> Image.Image:
     return sheet
 
 
-def _swatch(label: int, side: int) -> Image.Image:
+def _entry(label: int, names: Sequence[str], value: str) -> _Entry:
+    return _Entry(_colour(label, names), _name(label, names), value, label == _IGNORED)
+
+
+def _swatch(colour: Colour, side: int, *, hatched: bool) -> Image.Image:
     """A square of the colour that a class has over middle grey."""
-    pixels = np.full((side, side, 3), 0.0, np.float32)
-    if label == _IGNORED:
-        pixels += 128
+    mixed = (1 - _OPACITY) * 128 + _OPACITY * np.array(colour, np.float32)
+    pixels = np.tile(mixed, (side, side, 1))
+    if hatched:
         _hatch(pixels, np.ones((side, side), bool))
-    else:
-        pixels += (1 - _OPACITY) * 128 + _OPACITY * np.array(class_colour(label), np.float32)
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
