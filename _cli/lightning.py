@@ -22,11 +22,19 @@ from lightning.pytorch.utilities import rank_zero_only
 from effvit import __version__, datamodules
 from effvit._cli.launch import INPUT_SETTINGS, OWN_OPTIONS, Run, make_folder
 from effvit._cli.parser import Parser
-from effvit.callbacks import EMA, ClassificationReport, HardwareBenchmark, Progress, RunCheckpoint, RunReport
+from effvit.callbacks import (
+    EMA,
+    ClassificationReport,
+    HardwareBenchmark,
+    Progress,
+    RunCheckpoint,
+    RunReport,
+    SegmentationReport,
+)
 from effvit.categories import Categories
 from effvit.errors import CheckpointError, ConfigError, EffvitError
-from effvit.tasks import Classification, Detection, Task
-from effvit.tasks.schedules import WarmupCosine
+from effvit.tasks import Classification, Detection, Segmentation, Task
+from effvit.tasks.schedules import Poly, WarmupCosine
 
 log = logging.getLogger("effvit")
 
@@ -46,7 +54,9 @@ _CPU_MEMORY = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough 
 _NAMED = (
     Classification,
     Detection,
+    Segmentation,
     WarmupCosine,
+    Poly,
     HardwareBenchmark,
     *(getattr(datamodules, name) for name in datamodules.__all__),
 )
@@ -238,7 +248,7 @@ class EffvitCLI(LightningCLI):
             callbacks += [EMA(decay)] if decay else []
             callbacks += [RunCheckpoint(self._get(self.config_init, "save_every_n_steps"))]
         if self.subcommand != "predict":
-            callbacks += [RunReport(), ClassificationReport()]
+            callbacks += [RunReport(), ClassificationReport(), SegmentationReport()]
         return callbacks
 
     def _loggers(self) -> list[Logger] | bool:

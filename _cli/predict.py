@@ -14,18 +14,27 @@ from effvit._cli.launch import Run, TemporaryConfig, open_run, start, stored_con
 from effvit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from effvit.callbacks import ClassificationWriter, PredictionWriter
+    from effvit.callbacks import ClassificationWriter, PredictionWriter, SegmentationWriter
+
+    Writer = ClassificationWriter | PredictionWriter | SegmentationWriter
 
 _DESCRIPTION = """\
 Of a detector: annotated pictures and a COCO results JSON in the output folder. Of a classifier: class names and scores,
-in the terminal and as a file in the output folder.
+in the terminal and as a file in the output folder. Of a segmenter: pictures with a legend, masks, and a JSON with the
+share of each class.
 Further options beside a checkpoint go to the Trainer, for example --trainer.accelerator gpu.
 """
-#: By task: the data module that feeds it, and the options that only it takes with their defaults.
-_DATA = {"detection": "effvit.datamodules.ImageFiles", "classification": "effvit.datamodules.ClassifiedFiles"}
+#: By task: its class, the data module that feeds it, and the options that only it takes with their defaults.
+_TASKS = {"Detection": "detection", "Classification": "classification", "Segmentation": "segmentation"}
+_DATA = {
+    "detection": "effvit.datamodules.ImageFiles",
+    "classification": "effvit.datamodules.ClassifiedFiles",
+    "segmentation": "effvit.datamodules.ImageFiles",
+}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "detection": {"score_threshold": 0.4},
     "classification": {"top": 5, "format": "table", "patches": False},
+    "segmentation": {},
 }
 
 
@@ -149,8 +158,7 @@ def _share(text: str) -> float:
 
 def _task_of(config: dict[str, Any]) -> str:
     """The task of a stored configuration, by the name of its class."""
-    name = str(config["model"]["class_path"]).rpartition(".")[2]
-    return "classification" if name == "Classification" else "detection"
+    return _TASKS[str(config["model"]["class_path"]).rpartition(".")[2]]
 
 
 def _own_options(own: argparse.Namespace, task: str, path: Path) -> dict[str, Any]:
@@ -166,9 +174,11 @@ def _own_options(own: argparse.Namespace, task: str, path: Path) -> dict[str, An
     return {name: _OPTIONS[task][name] if value is None else value for name, value in given.items()}
 
 
-def _writer(task: str, output: Path, options: dict[str, Any]) -> ClassificationWriter | PredictionWriter:
-    from effvit.callbacks import ClassificationWriter, PredictionWriter
+def _writer(task: str, output: Path, options: dict[str, Any]) -> Writer:
+    from effvit.callbacks import ClassificationWriter, PredictionWriter, SegmentationWriter
 
+    if task == "segmentation":
+        return SegmentationWriter(output)
     if task == "detection":
         return PredictionWriter(output, options["score_threshold"])
     return ClassificationWriter(output, options["top"], options["format"], patches=options["patches"])
