@@ -24,6 +24,12 @@ BRIEF_DETECTOR = [*BRIEF, *SMALL]
 BRIEF_TRAININGS = {
     "detection/digits": [*BRIEF_DETECTOR, "--data.num_train", "16", "--data.num_val", "4"],
     "detection/": [*BRIEF_DETECTOR, "--data.image_size", "[96,64]"],
+    "segmentation/digits": [*BRIEF, "--data.num_train", "16", "--data.num_val", "4"],
+    "segmentation/": [
+        *BRIEF,
+        *"--model.pyramid_channels 16 --model.head_channels 16 --data.batch_size 2".split(),
+        *"--data.image_size [96,64] --data.crop_size [64,64]".split(),
+    ],
     "classification/": (
         "--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.limit_val_batches 1 --data.num_workers 0 "
         "--data.image_size 32 --data.batch_size 4 --data.val_batch_size 4"
@@ -31,6 +37,8 @@ BRIEF_TRAININGS = {
 }
 #: The same of a measurement; what is written on the command line is parsed all the same.
 BRIEF_MEASUREMENT = "--runtimes eager --batch_sizes 1 --rounds 1 --seconds 0.001 --no_memory".split()
+#: Recipes of published networks, which are too large to train here.
+PUBLISHED = ("detection/coco/", "segmentation/ade20k/")
 #: What the commands do outside effvit is tried by `.ci/run` and by running this suite.
 OUTSIDE = ("pip install", "pytest")
 #: Installing effvit, as a whole or with one of its extras.
@@ -91,6 +99,25 @@ def classified(folder, cli):
     return folder
 
 
+@pytest.fixture(scope="module")
+def segmented(folder, cli):
+    """The same folder with ``my_scenes/`` and a finished run of segmentation."""
+    random = np.random.default_rng(0)
+    scenes = folder / "my_scenes"
+    for split, number in (("train", 4), ("val", 2)):
+        for kind in ("images", "masks"):
+            (scenes / kind / split).mkdir(parents=True)
+        for index in range(number):
+            cv2.imwrite(str(scenes / f"images/{split}/{index}.jpg"), random.integers(0, 255, (64, 96, 3), np.uint8))
+            cv2.imwrite(str(scenes / f"masks/{split}/{index}.png"), random.choice([1, 7, 255], (64, 96)))
+    (scenes / "classes.json").write_text('{"1": "road", "7": "car"}')
+    words = "fit -c segmentation/finetune --data.root".split()
+    brief = BRIEF_TRAININGS["segmentation/"]
+    done = cli.run(*words, scenes, *brief, "--run_dir", folder / "runs" / "scenes")
+    assert done.code == 0, done.err
+    return folder
+
+
 def mmdetection_file(backbone, num_classes):
     """A checkpoint with the content of MMDetection's of a Mask R-CNN, its weights random."""
     from effvit.backbones import create_backbone
@@ -131,6 +158,14 @@ def exported(folder, cli):
     return folder
 
 
+@pytest.fixture(scope="module")
+def exported_scenes(segmented, cli):
+    """The same folder with a segmenter's run exported to ONNX."""
+    done = cli.run("export", "--checkpoint", segmented / "runs/scenes/best.ckpt", "--format", "onnx", "--batch_size", 1)
+    assert done.code == 0, done.err
+    return segmented
+
+
 @pytest.mark.parametrize("command", commands())
 def test_a_documented_command_runs(command, folder, cli, monkeypatch, request):
     if command.startswith(OUTSIDE):
@@ -152,14 +187,20 @@ def test_a_documented_command_runs(command, folder, cli, monkeypatch, request):
         pytest.importorskip("mmdet", reason="needs the extra mmdet")
     if "runs/transfer/best.ckpt" in words:
         request.getfixturevalue("classified")
+    if {"runs/scenes/best.ckpt", "runs/scenes/best.onnx", "my_scenes/"} & set(words):
+        request.getfixturevalue("segmented")
     if words[0] == "export" or any(word.endswith(".onnx") for word in words):
         pytest.importorskip("onnxruntime", reason="needs the extra onnx")
         request.getfixturevalue("exported")
+    if "runs/scenes/best.onnx" in words:
+        request.getfixturevalue("exported_scenes")
     if words[0] == "benchmark" and "--list" not in words:
         words = brief_measurement(words)
-    if any(word.startswith("detection/coco/") or word.endswith("_coco.pth") for word in words):
-        words.append("--print_config")  # a published detector at full size: tests/test_configs.py builds them
-    elif words[:2] == ["tables", "coco"] and all(word.startswith("--") for word in words[2:3]):
+    if any(
+        word.startswith(("detection/coco/", "segmentation/ade20k/")) or word.endswith("_coco.pth") for word in words
+    ):
+        words.append("--print_config")  # a published network at full size: tests/test_configs.py builds them
+    elif words[0] == "tables" and all(word.startswith("--") for word in words[2:3]):
         words.insert(2, "mobilevit_xxs")  # the whole table takes a minute
     elif words[0] == "fit" and "--resume" not in words:
         config = words[words.index("-c") + 1]
@@ -213,7 +254,8 @@ def test_a_documented_slurm_script_starts_what_it_asks_for(script, folder, cli, 
 
 
 @pytest.mark.parametrize("source", blocks("python"))
-def test_a_documented_example_runs(source, classified, monkeypatch):
+def test_a_documented_example_runs(source, classified, segmented, monkeypatch):
+    assert classified == segmented
     monkeypatch.chdir(classified)
     exec(compile(source, "example", "exec"), {})
 
