@@ -213,7 +213,8 @@ def check_any_size(module: Deployable, entry: Format) -> range:
             f"a file of {entry.name} for {module.task} takes images of one size; {others or 'none'} can take any: {how}"
         )
     if module.open_sides is None:
-        name = module.metadata().get("backbone", type(module).__name__)
+        about = module.metadata()
+        name = " on ".join(about[key] for key in ("detector", "backbone") if key in about) or type(module).__name__
         raise ExportError(f"{name} can only be exported for images of one size, on which its graph depends: {how}")
     return module.open_sides
 

@@ -199,7 +199,7 @@ class DeployedDetector(Deployed):
     ) -> None:
         super().__init__(categories, mean, std, {**settings, **_limits(detector)}, of_weights(detector).device)
         self.detector = _fixed(detector)
-        self.open_sides = open_sides_of(detector)
+        self.open_sides = open_sides_of(detector) if self.detector.any_size else None
         self.output_names = self.detector.outputs
         self.parts = {part: tuple(f"detector.{name}" for name in names) for part, names in self.detector.parts.items()}
 

@@ -31,6 +31,7 @@ class FixedSSDLite(FixedDetector):
         network: The detector, whose layers are shared.
     """
 
+    any_size = False  # torchvision's default boxes of an open size come out as others in ONNX
     parts = {  # noqa: RUF012 - the same for all
         "backbone": ("backbone",),
         "pyramid": ("coarser",),

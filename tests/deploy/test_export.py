@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from effvit.backbones._cvnets_patches import even, resize
-from effvit.backbones._windows import cut, merge
+from effvit.backbones._windows import AttentionBias, cut, merge
 from effvit.deploy import _formats_onnx
 from effvit.deploy import export as module_under_test
 from effvit.deploy._formats_source import Source
@@ -415,6 +415,62 @@ def test_detectors(name, detector, backbone, real_data, tmp_path):
     assert done.parity.images == 4
     assert done.parity.detections > 100
     assert done.parity.unmatched <= 0.01 * done.parity.detections
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+@pytest.mark.parametrize(
+    ("detector", "backbone"),
+    [
+        ("retinanet", "efficientformer_l1"),
+        ("faster_rcnn", "efficientformerv2_s0"),
+        ("mask_rcnn", "mobilevitv2_050"),
+        ("ssdlite", "mobilevit_xxs"),
+    ],
+)
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_detectors_of_any_number_of_images_of_any_size(name, detector, backbone, real_data, tmp_path):
+    for package in FORMATS[name].modules:
+        pytest.importorskip(package)
+    channels = {} if detector == "ssdlite" else {"pyramid_channels": 32}
+    model = Detection(backbone, {1: "ant", 2: "bee"}, detector=detector, score_threshold=0.004, **channels)
+    size = (160, 224) if detector == "ssdlite" else None  # SSDLite has one
+    samples = []
+    for number, own in enumerate([size or (160, 224), size or (192, 256)]):
+        for image, original in photographs(real_data, own)[2 * number : 2 * number + 2]:
+            image[:, :, 144:] = 0
+            samples.append((image, torch.tensor([[144, own[1]]]), torch.tensor([original])))
+    done = export(model.eval().deployable(), name, tmp_path / f"a{FORMATS[name].suffix}", size=size, samples=samples)
+    assert (done.metadata["size"], done.metadata["batch"], done.parity.images) == (size and list(size), None, 4)
+    assert done.parity.detections > 100
+
+
+class Biased(nn.Module):
+    """The bias of the attention in a map of stride 32."""
+
+    def __init__(self, stride, stretched):
+        super().__init__()
+        self.bias = AttentionBias(stride, stretched=stretched)
+        self.table = nn.Parameter(torch.randn(2, 49, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, images):
+        return self.bias(self.table, images.shape[2] // 32, images.shape[3] // 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stretched", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_biases_of_attention_are_made_for_any_size(stride, stretched, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    module, path = Biased(stride, stretched).eval(), tmp_path / "a.onnx"
+    images = torch.zeros(1, 3, 288, 224)
+    source = Source(module, (images,), ("images",), ("bias",), open_sides=range(64, 1025, 32))
+    _formats_onnx.write_onnx(source, path, "{}")
+    run = _formats_onnx.open_onnx(path, 1)
+    for size in ((224, 224), (64, 320)):  # the table's own, and another
+        images = torch.zeros(1, 3, *size)
+        torch.testing.assert_close(run([images])[0], module(images), atol=1e-4, rtol=1e-4)
 
 
 def photographs(real_data, size):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from effvit.tasks import Detection
 from effvit.tasks.detectors._deployed import Candidates, suppress
 from effvit.tasks.detectors._deployed_rcnn import FixedRCNN
 from effvit.tasks.detectors._deployed_retinanet import FixedRetinaNet
@@ -132,3 +133,15 @@ def test_regions_pooled_by_selection_are_those_pooled_by_sorting():
     levels = pooling.levels(boxes.flatten(0, 1))
     assert set(levels.tolist()) == {0, 1, 2}  # the coarsest pools none, which must do no harm
     assert torch.equal(pooling.by_selection(maps, boxes, 7), pooling(maps, list(boxes), 7))
+
+
+@pytest.mark.parametrize(
+    ("detector", "backbone", "sides"),
+    [
+        ("retinanet", "mobilevitv2_050", range(64, 4097, 32)),
+        ("retinanet", "efficientvit_m0", None),
+        ("ssdlite", "mobilevit_xxs", None),
+    ],
+)
+def test_which_detectors_take_images_of_any_size(detector, backbone, sides):
+    assert Detection(backbone, {1: "ant"}, detector=detector).deployable().open_sides == sides
