@@ -187,7 +187,6 @@ class DeployedDetector(Deployed):
 
     task = "detection"
     input_names = ("images", "sizes", "original_sizes")
-    dynamic_batch = True
 
     def __init__(
         self,
@@ -199,7 +198,8 @@ class DeployedDetector(Deployed):
     ) -> None:
         super().__init__(categories, mean, std, {**settings, **_limits(detector)}, of_weights(detector).device)
         self.detector = _fixed(detector)
-        self.open_sides = open_sides_of(detector) if self.detector.any_size else None
+        self.open_sides = open_sides_of(detector) if self.detector.open_shapes else None
+        self.dynamic_batch = self.detector.open_shapes
         self.output_names = self.detector.outputs
         self.parts = {part: tuple(f"detector.{name}" for name in names) for part, names in self.detector.parts.items()}
 

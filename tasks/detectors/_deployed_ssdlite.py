@@ -31,7 +31,7 @@ class FixedSSDLite(FixedDetector):
         network: The detector, whose layers are shared.
     """
 
-    any_size = False  # torchvision's default boxes of an open size come out as others in ONNX
+    open_shapes = False  # such a graph gives other detections in ONNX than here
     parts = {  # noqa: RUF012 - the same for all
         "backbone": ("backbone",),
         "pyramid": ("coarser",),

@@ -434,14 +434,18 @@ def test_detectors_of_any_number_of_images_of_any_size(name, detector, backbone,
         pytest.importorskip(package)
     channels = {} if detector == "ssdlite" else {"pyramid_channels": 32}
     model = Detection(backbone, {1: "ant", 2: "bee"}, detector=detector, score_threshold=0.004, **channels)
-    size = (160, 224) if detector == "ssdlite" else None  # SSDLite has one
+    size = (160, 224) if detector == "ssdlite" else None  # SSDLite takes one image of one size
     samples = []
     for number, own in enumerate([size or (160, 224), size or (192, 256)]):
         for image, original in photographs(real_data, own)[2 * number : 2 * number + 2]:
             image[:, :, 144:] = 0
             samples.append((image, torch.tensor([[144, own[1]]]), torch.tensor([original])))
     done = export(model.eval().deployable(), name, tmp_path / f"a{FORMATS[name].suffix}", size=size, samples=samples)
-    assert (done.metadata["size"], done.metadata["batch"], done.parity.images) == (size and list(size), None, 4)
+    assert (done.metadata["size"], done.metadata["batch"], done.parity.images) == (
+        size and list(size),
+        1 if size else None,
+        4,
+    )
     assert done.parity.detections > 100
 
 
