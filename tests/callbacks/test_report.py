@@ -271,6 +271,7 @@ def test_plain_lines_break_long_silences(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_bar_in_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setattr("rich._console", None)  # the global console, made here, would colour what other tests read
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     bar = Progress()
