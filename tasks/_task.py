@@ -30,7 +30,18 @@ NORMS = (nn.modules.batchnorm._BatchNorm,)  # noqa: SLF001 - the only common bas
 
 
 #: Settings of tasks that decide which layers there are, those first that decide most.
-_SHAPING = ("detector", "head", "backbone", "backbone_options", "pyramid_channels", "head_convs", "head_channels")
+_SHAPING = (
+    "detector",
+    "head",
+    "backbone",
+    "backbone_options",
+    "pyramid_channels",
+    "head_convs",
+    "head_channels",
+    "output_stride",
+    "rates",
+    "auxiliary_weight",
+)
 
 
 class Group(NamedTuple):

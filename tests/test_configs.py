@@ -17,7 +17,7 @@ CONFIGS = shipped_configs()
 
 
 #: One for each detector and for each family of classifiers; the rest differs in name and size, or is trained by other
-#: tests, and tests/test_recipes.py and tests/test_coco_recipes.py check the figures of all.
+#: tests, and tests/test_recipes.py, test_coco_recipes.py and test_segmentation_recipes.py check the figures of all.
 QUICK = {
     "classification/efficientvit_m0",
     "classification/efficientformer_l1",
@@ -28,6 +28,8 @@ QUICK = {
     "detection/coco/mask_rcnn_efficientformerv2_s0",
     "detection/coco/ssdlite_mobilevitv2_050",
     "detection/mmdet",
+    "segmentation/ade20k/semantic_fpn_efficientformerv2_s0",
+    "segmentation/voc/deeplabv3_mobilevit_xxs",
 }
 
 
@@ -47,6 +49,24 @@ def class_folders(tmp_path):
     return tmp_path / "classes"
 
 
+@pytest.fixture
+def masked_images(tmp_path):
+    """A folder that is a folder of images and masks, ADE20K and PASCAL VOC at once, with one image in each split."""
+    root = tmp_path / "scenes"
+    (root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    folders = [("images/train", "masks/train"), ("images/val", "masks/val")]
+    folders += [("images/training", "annotations/training"), ("images/validation", "annotations/validation")]
+    folders += [("JPEGImages", "SegmentationClass"), ("JPEGImages", "SegmentationClassAug")]
+    for images, masks in folders:
+        for folder, ending in ((images, "jpg"), (masks, "png")):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(root / folder / f"0.{ending}"), np.ones((40, 40), np.uint8))
+    for name in ("train", "trainaug", "val"):
+        (root / "ImageSets" / "Segmentation" / f"{name}.txt").write_text("0\n")
+    (root / "classes.json").write_text('{"1": "road", "7": "car"}')
+    return root
+
+
 def mmdet_config(name):
     """A configuration that MMDetection brings."""
     import mmdet
@@ -55,7 +75,7 @@ def mmdet_config(name):
 
 
 @pytest.mark.parametrize("name", list(configs()))
-def test_a_config_builds_data_network_and_trainer(name, coco_root, class_folders, tmp_path, monkeypatch):
+def test_a_config_builds_data_network_and_trainer(name, coco_root, class_folders, masked_images, tmp_path, monkeypatch):
     from lightning.pytorch import Trainer
 
     from effvit._cli.launch import Run
@@ -75,6 +95,8 @@ def test_a_config_builds_data_network_and_trainer(name, coco_root, class_folders
         arguments += ["--model.mmdet_config", str(mmdet_config("retinanet/retinanet_r50_fpn_1x_coco.py"))]
     if data in {"ImageNet", "ImageFolder"}:
         arguments += ["--data.root", str(class_folders)]
+    if data in {"ADE20K", "PascalVOC", "SegmentationFolder"}:
+        arguments += ["--data.root", str(masked_images)]
     if name.startswith("classification/"):
         arguments += ["--model.pretrained", "false"]  # nothing is downloaded here
         monkeypatch.setattr(Transfer, "categories", {0: "aeroplane", 1: "bird"})
@@ -82,6 +104,9 @@ def test_a_config_builds_data_network_and_trainer(name, coco_root, class_folders
     assert built.ran == "fit"
     assert isinstance(built.trainer, Trainer)
     assert len(built.model.categories) == len(built.datamodule.categories)
+    if data in {"ADE20K", "PascalVOC", "SegmentationFolder"}:
+        built.datamodule.setup("fit")
+        assert built.datamodule.num_train_images == 1
     assert built.model.configure_optimizers()[0]
 
 

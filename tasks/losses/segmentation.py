@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effvit.categories import IGNORED
 from effvit.errors import ConfigError
-
-#: The label of a pixel that nobody has labelled.
-IGNORED = -1
 
 
 class SegmentationLoss(nn.Module):

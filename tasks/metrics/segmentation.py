@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from effvit.categories import IGNORED
 from effvit.errors import DatasetError
-from effvit.tasks.losses.segmentation import IGNORED
 
 _log = logging.getLogger(__name__)
 
