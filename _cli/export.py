@@ -242,12 +242,16 @@ def _print_parity(done: Export) -> None:
     from rich import box, get_console
     from rich.table import Table
 
+    from effvit.deploy.parity import OTHER_LABELS
+
     found = done.parity
     assert found is not None
     title = f"Against the checkpoint on {found.images} images"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, min_width=len(title))
     for head in ("output", "largest difference", "of its largest value", "allowed"):
         table.add_column(head, justify="left" if head == "output" else "right")
+    if found.labels is not None:
+        table.add_row("labels", f"{_percent(1 - found.labels)} of the pixels", "-", _percent(OTHER_LABELS))
     for name, error in found.errors.items():
         table.add_row(name, f"{found.differences[name]:.2g}", f"{error:.1e}", f"{found.tolerance:.0e}")
     get_console().print(table)
@@ -257,6 +261,12 @@ def _print_parity(done: Export) -> None:
         print(f"{found.detections} detections, {found.unmatched} of either side without a partner")
     elif found.top1 is not None:
         print(f"the same first class for {100 * found.top1:.1f} % of the images")
+    elif found.labels is not None:
+        print(f"the same label for {_percent(found.labels)} of the pixels")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.6g} %"
 
 
 def _files(path: Path) -> list[Path]:

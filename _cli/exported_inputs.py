@@ -15,12 +15,14 @@ from torchvision.transforms.v2 import functional as F
 from effvit.datamodules import ClassifiedFiles, ImageFiles
 from effvit.datamodules._image_samples import NetworkInput
 from effvit.datamodules._samples import PlainImages
-from effvit.datamodules.transforms import Collate, KeepRatioResize
+from effvit.datamodules.transforms import AlignResize, Collate, KeepRatioResize
 from effvit.errors import ConfigError
 
 Size = tuple[int, int]
 #: Height and width of a network's images, or the sides that they may have.
 Canvas = Size | range
+#: What a network takes beside images, by task: entries of their targets.
+_SIZES = {"detection": ("size", "original_size"), "segmentation": ("size",)}
 #: The least side that every network takes.
 _LEAST = 32
 
@@ -29,10 +31,11 @@ def canvas_of(task: str, inputs: Mapping[str, Any], asked: Size | None) -> Size:
     """Height and width of the images that an exported network takes.
 
     Args:
-        task: ``classification`` or ``detection``.
+        task: ``classification``, ``detection`` or ``segmentation``.
         inputs: How the data of the run makes images, see `launch.INPUT_SETTINGS`.
         asked: What the user wants; ``None`` for what follows from the data: the size of a classifier's images, the
-            ``image_size`` of a detector that squashes, otherwise a square that holds images of either orientation.
+            ``image_size`` where images are squashed, otherwise a square that holds images of either orientation; of
+            segmentation at most twice the short side, as recipes write (2048, 512) for a long side of any length.
 
     Raises:
         ConfigError: The size is too small, no multiple of what images are padded to, or of a classifier not square.
@@ -45,7 +48,7 @@ def canvas_of(task: str, inputs: Mapping[str, Any], asked: Size | None) -> Size:
         divisor = 1
     else:
         divisor = int(inputs["pad_divisor"])
-        canvas = asked or _detector_canvas(inputs, divisor)
+        canvas = asked or _own_canvas(task, inputs, divisor)
     if min(canvas) < _LEAST or any(side % divisor for side in canvas):
         raise ConfigError(
             f"--image_size needs a height and a width of at least {_LEAST}"
@@ -59,7 +62,7 @@ def open_canvas(task: str, inputs: Mapping[str, Any], sides: range) -> range:
     """The sides that images of an exported network may have.
 
     Args:
-        task: ``classification`` or ``detection``.
+        task: ``classification``, ``detection`` or ``segmentation``.
         inputs: How the data of the run makes images.
         sides: What the network takes, in pixels.
 
@@ -76,9 +79,14 @@ def open_canvas(task: str, inputs: Mapping[str, Any], sides: range) -> range:
     return sides
 
 
-def _detector_canvas(inputs: Mapping[str, Any], divisor: int) -> Size:
+def _own_canvas(task: str, inputs: Mapping[str, Any], divisor: int) -> Size:
+    """What follows from the data."""
     first, second = inputs["image_size"]
-    sides = (second, first) if inputs.get("resize") == "squash" else (max(first, second),) * 2
+    if inputs.get("resize") == "squash":
+        sides = second, first
+    else:
+        long, short = max(first, second), min(first, second)
+        sides = (min(long, 2 * short) if task == "segmentation" else long,) * 2
     height, width = (-(-side // divisor) * divisor for side in sides)
     return height, width
 
@@ -87,7 +95,7 @@ def preprocessing_of(task: str, inputs: Mapping[str, Any], canvas: Canvas) -> di
     """How files become images on a canvas, as the options of a data module: it travels with the exported network.
 
     Args:
-        task: ``classification`` or ``detection``.
+        task: ``classification``, ``detection`` or ``segmentation``.
         inputs: How the data of the run makes images.
         canvas: See `canvas_of` and `open_canvas`.
     """
@@ -98,7 +106,7 @@ def preprocessing_of(task: str, inputs: Mapping[str, Any], canvas: Canvas) -> di
     size = list(inputs["image_size"])
     if isinstance(canvas, range):
         return {"image_size": size, "resize": resize, "pad_divisor": int(inputs["pad_divisor"])}
-    if resize == "squash" and canvas != _detector_canvas(inputs, int(inputs["pad_divisor"])):
+    if resize == "squash" and canvas != _own_canvas(task, inputs, int(inputs["pad_divisor"])):
         size = [canvas[1], canvas[0]]
     return {"image_size": size, "resize": resize, "pad_divisor": int(inputs["pad_divisor"])}
 
@@ -116,7 +124,7 @@ def files_for(
     """Data to predict on with an exported network.
 
     Args:
-        task: ``classification`` or ``detection``.
+        task: ``classification``, ``detection`` or ``segmentation``.
         preprocessing: See `preprocessing_of`.
         canvas: Height and width of the network's images, or the sides that they may have.
         images: A file or a folder.
@@ -158,15 +166,30 @@ class CanvasFiles(ImageFiles):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches ``(images, targets)``."""
-        if self.canvas is None or self.resize != "keep_ratio":
+        if self.canvas is None or self.resize == "squash":
             return super().predict_dataloader()
-        dataset = PlainImages(self.files, self.names, _FitResize(self.image_size, self.canvas))
+        if self.resize == "align":
+            resize: KeepRatioResize = _FitAlign(self.image_size, self.canvas, self.pad_divisor)
+        else:
+            resize = _FitResize(self.image_size, self.canvas)
+        dataset = PlainImages(self.files, self.names, resize)
         return self._loader(dataset, Collate(self.pad_divisor))
 
 
 class _FitResize(KeepRatioResize):
     def __init__(self, scale: Size, canvas: Size) -> None:
         super().__init__(scale)
+        self.canvas = canvas
+
+    def new_size(self, height: int, width: int, scale: Size) -> Size:
+        return fitted(*super().new_size(height, width, scale), self.canvas)
+
+
+class _FitAlign(AlignResize):
+    """Sides are brought up to a multiple of the divisor last; those of a canvas are such multiples."""
+
+    def __init__(self, scale: Size, canvas: Size, divisor: int) -> None:
+        super().__init__(scale, divisor=divisor)
         self.canvas = canvas
 
     def new_size(self, height: int, width: int, scale: Size) -> Size:
@@ -195,20 +218,20 @@ def network_inputs(task: str, batch: Any, canvas: Canvas) -> tuple[Tensor, ...]:
     """What an exported network takes for a batch of a data module.
 
     Args:
-        task: ``classification`` or ``detection``.
+        task: ``classification``, ``detection`` or ``segmentation``.
         batch: Images ``(B, 3, H, W)``, uint8, no larger than the canvas, and their targets.
         canvas: Height and width of the network's images, or the sides that they may have.
 
     Returns:
-        The images; of detection padded with 0 at the bottom and at the right, with their sizes before padding and
-        before resizing.
+        The images; of detection and segmentation padded with 0 at the bottom and at the right, with their sizes before
+        padding, and of detection those before resizing.
     """
     images, targets = batch
     if task == "classification":
         return (images.contiguous(),)
     height, width = _holding(images.shape[2], images.shape[3], canvas)
     images = functional.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
-    sizes = [torch.tensor([list(target[name]) for target in targets]) for name in ("size", "original_size")]
+    sizes = [torch.tensor([list(target[name]) for target in targets]) for name in _SIZES[task]]
     return images.contiguous(), *sizes
 
 
@@ -216,7 +239,7 @@ def samples_of(task: str, batches: Iterable[Any], canvas: Canvas, most: int) -> 
     """Single images of a loader as an exported network takes them, the first ones.
 
     Args:
-        task: ``classification`` or ``detection``.
+        task: ``classification``, ``detection`` or ``segmentation``.
         batches: Of a data module.
         canvas: Height and width of the network's images, or the sides that they may have; larger ones are made smaller.
         most: How many.
@@ -225,10 +248,10 @@ def samples_of(task: str, batches: Iterable[Any], canvas: Canvas, most: int) -> 
     for images, targets in batches:
         for index in range(min(len(images), most - taken)):
             image = images[index : index + 1]
-            if task == "detection":
-                yield network_inputs(task, _one(image, targets[index], _largest(canvas)), canvas)
-            else:
-                yield network_inputs(task, (image, targets), canvas)
+            own = (image, targets)
+            if task != "classification":
+                own = _one(image, targets[index], _largest(canvas))
+            yield network_inputs(task, own, canvas)
             taken += 1
         if taken >= most:
             return

@@ -13,6 +13,7 @@ from effvit.categories import Categories
 from effvit.deploy.exported import Exported
 from effvit.errors import ExportError
 from effvit.tasks.deployed import unpack_detections
+from effvit.tasks.deployed_segmenter import unpack_masks
 
 
 class ExportedTask(LightningModule):
@@ -45,12 +46,18 @@ class ExportedTask(LightningModule):
         self._task = str(metadata["task"])
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor | list[dict[str, Any]]:  # noqa: ARG002 - Lightning's signature
-        """What the ``predict_step`` of the task returns: probabilities ``(B, K)``, or the detections of each image."""
+        """What the ``predict_step`` of the task returns.
+
+        Probabilities ``(B, K)``, or the detections or the label map of each image.
+        """
         inputs = network_inputs(self._task, batch, self.canvas)
         outputs = self._run(inputs)
         if self._task == "classification":
             return outputs[0]
         original_sizes = [target["original_size"] for target in batch[1]]
+        if self._task == "segmentation":
+            sizes = [target["size"] for target in batch[1]]
+            return unpack_masks(outputs, sizes, original_sizes, align_corners=self._exported.metadata["align_corners"])
         return unpack_detections(self._exported.output_names, outputs, original_sizes)
 
     def _run(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:

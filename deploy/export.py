@@ -61,7 +61,7 @@ def check_export(task: str, format_name: str, path: str | Path | None = None, *,
     """Refuses what cannot be done, before any work.
 
     Args:
-        task: ``classification`` or ``detection``.
+        task: ``classification``, ``detection`` or ``segmentation``.
         format_name: Name of the format.
         path: Where the file is to go; ``None`` where that is not known yet.
         batch: Images that the file is to take at a time; ``None`` for any number where the format can.
@@ -214,7 +214,9 @@ def check_any_size(module: Deployable, entry: Format) -> range:
         )
     if module.open_sides is None:
         about = module.metadata()
-        name = " on ".join(about[key] for key in ("detector", "backbone") if key in about) or type(module).__name__
+        name = (
+            " on ".join(about[key] for key in ("detector", "head", "backbone") if key in about) or type(module).__name__
+        )
         raise ExportError(f"{name} can only be exported for images of one size, on which its graph depends: {how}")
     return module.open_sides
 

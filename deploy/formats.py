@@ -13,7 +13,9 @@ from effvit.deploy._formats_source import Run, Source
 from effvit.deploy._installed import check_compiler, missing
 from effvit.errors import ConfigError, close_matches
 
-_ALL_TASKS = ("classification", "detection")
+_ALL_TASKS = ("classification", "detection", "segmentation")
+#: Those without a suppression of duplicates.
+_PLAIN_TASKS = ("classification", "segmentation")
 
 
 def _everywhere() -> bool:
@@ -117,8 +119,8 @@ _TABLE = (
         modules=(),
         readers=(),
         tasks=_ALL_TASKS,
-        dynamic_batch=("classification",),  # of a detector it would need effvit to run
-        dynamic_size=("classification",),
+        dynamic_batch=_PLAIN_TASKS,  # of a detector it would need effvit to run
+        dynamic_size=_PLAIN_TASKS,
         tolerance=1e-4,
         write=own.write_pt2,
         attach=own.attach_pt2,

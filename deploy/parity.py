@@ -19,6 +19,8 @@ from effvit.errors import ExportError
 if TYPE_CHECKING:
     from effvit.deploy.exported import Exported
 
+#: Share of the pixels that may have another label: where two classes are alike, rounding decides.
+OTHER_LABELS = 1e-3
 #: Share of the detections of both sides that may be without a partner.
 _UNMATCHED = 0.01
 
@@ -32,9 +34,10 @@ class Parity:
         errors: Largest difference of each output, relative to the largest value that the source gives.
         differences: The same in the output's own unit: probability, score, pixels of the original image.
         tolerance: What `errors` may be.
-        top1: Share of images with the source's first class; ``None`` of a detector.
-        detections: How many the source finds; ``None`` of a classifier.
+        top1: Share of images with the source's first class; ``None`` but of a classifier.
+        detections: How many the source finds; ``None`` but of a detector.
         unmatched: Detections of either side that the other has not, by class and an overlap of 0.99.
+        labels: Share of pixels with the source's label, padding aside; ``None`` but of a segmenter.
     """
 
     images: int
@@ -44,6 +47,7 @@ class Parity:
     top1: float | None = None
     detections: int | None = None
     unmatched: int | None = None
+    labels: float | None = None
 
     @property
     def worst(self) -> str:
@@ -65,6 +69,7 @@ class Parity:
             "top1": self.top1,
             "detections": self.detections,
             "unmatched": self.unmatched,
+            "labels": self.labels,
         }
 
 
@@ -74,11 +79,14 @@ class _Sample:
 
     same_class: bool = True
     matched: Matched = field(default_factory=Matched)
+    pixels: int = 0
+    other_labels: int = 0
 
     def worse(self, other: _Sample) -> _Sample:
         """Of the same image in two batches, what counts."""
         matched = max(self.matched, other.matched, key=lambda one: one.unmatched)
-        return _Sample(self.same_class and other.same_class, matched)
+        other_labels = max(self.other_labels, other.other_labels)
+        return _Sample(self.same_class and other.same_class, matched, self.pixels, other_labels)
 
 
 @dataclass
@@ -113,7 +121,8 @@ def parity(module: Deployable, exported: Exported, batches: Iterable[tuple[Tenso
     """Compares an exported file with its source.
 
     Class probabilities are compared one by one. Detections are matched by class and overlap first, since rounding may
-    turn the order of two that score alike; boxes, scores and masks are compared between partners.
+    turn the order of two that score alike; boxes, scores and masks are compared between partners. Of segmentation the
+    logits are compared, and the labels are counted that are others.
 
     Args:
         module: The source, in eval mode.
@@ -124,8 +133,9 @@ def parity(module: Deployable, exported: Exported, batches: Iterable[tuple[Tenso
         The largest differences over all batches.
 
     Raises:
-        ExportError: An output differs by more than the format's tolerance, or more than 1 % of the detections have no
-            partner. The message names the worst output. Also where the source's own outputs are not finite.
+        ExportError: An output differs by more than the format's tolerance, more than 1 % of the detections have no
+            partner, or more than 1 in 1000 pixels have another label. The message names the worst output. Also where
+            the source's own outputs are not finite.
     """
     tally = _Tally()
     names = tuple(module.output_names)
@@ -135,9 +145,8 @@ def parity(module: Deployable, exported: Exported, batches: Iterable[tuple[Tenso
         _check_finite(names, expected)
         found = exported.run(*batch)
         _check_shapes(names, found, expected)
-        compare = _compare_detections if module.task == "detection" else _compare_classes
         ours, theirs = (dict(zip(names, tensors, strict=True)) for tensors in (found, expected))
-        tally.note(batch, list(compare(tally, ours, theirs)))
+        tally.note(batch, _compare(module.task, tally, ours, theirs, batch))
     result, matched = _result(module.task, tally, exported.tolerance)
     _check(result, matched, str(exported.path))
     return result
@@ -159,6 +168,17 @@ def _check_shapes(names: tuple[str, ...], found: list[Tensor], expected: list[Te
         raise ExportError(f"the exported model gives {names} of the shapes {shapes[0]}, its source {shapes[1]}")
 
 
+def _compare(
+    task: str, tally: _Tally, found: dict[str, Tensor], expected: dict[str, Tensor], batch: tuple[Tensor, ...]
+) -> list[_Sample]:
+    """What each image of a batch gave."""
+    if task == "detection":
+        return list(_compare_detections(tally, found, expected))
+    if task == "segmentation":
+        return list(_compare_labels(tally, found, expected, batch[1]))
+    return list(_compare_classes(tally, found, expected))
+
+
 def _compare_classes(tally: _Tally, found: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[_Sample]:
     for name, tensor in expected.items():
         tally.add(name, found[name], tensor)
@@ -174,18 +194,30 @@ def _compare_detections(tally: _Tally, found: dict[str, Tensor], expected: dict[
         yield _Sample(matched=image.matched)
 
 
+def _compare_labels(
+    tally: _Tally, found: dict[str, Tensor], expected: dict[str, Tensor], sizes: Tensor
+) -> Iterator[_Sample]:
+    """Labels inside the images; what a network says of their padding has no meaning."""
+    tally.add("logits", found["logits"], expected["logits"])
+    for own, wanted, (height, width) in zip(found["labels"], expected["labels"], sizes.tolist(), strict=True):
+        other = own[:height, :width] != wanted[:height, :width]
+        yield _Sample(pixels=other.numel(), other_labels=int(other.sum()))
+
+
 def _result(task: str, tally: _Tally, tolerance: float) -> tuple[Parity, Matched]:
-    detects = task == "detection"
     samples = tally.samples.values()
+    pixels = sum(sample.pixels for sample in samples)
+    same = pixels - sum(sample.other_labels for sample in samples)
     matched = sum((sample.matched for sample in samples), Matched())
     return Parity(
         images=len(samples),
         errors=tally.errors(),
         differences=dict(tally.differences),
         tolerance=tolerance,
-        top1=None if detects else sum(sample.same_class for sample in samples) / max(len(samples), 1),
-        detections=matched.detections if detects else None,
-        unmatched=matched.unmatched if detects else None,
+        top1=sum(sample.same_class for sample in samples) / max(len(samples), 1) if task == "classification" else None,
+        detections=matched.detections if task == "detection" else None,
+        unmatched=matched.unmatched if task == "detection" else None,
+        labels=same / max(pixels, 1) if task == "segmentation" else None,
     ), matched
 
 
@@ -197,6 +229,11 @@ def _check(result: Parity, matched: Matched, path: str) -> None:
         raise ExportError(
             f"{path} disagrees with its source: {worst} differs by {result.differences[worst]:.3g}, which is "
             f"{result.error:.3g} of its largest value (allowed: {result.tolerance:g}), over {result.images} images"
+        )
+    if result.labels is not None and not 1 - result.labels <= OTHER_LABELS:
+        raise ExportError(
+            f"{path} disagrees with its source: {100 * (1 - result.labels):.3g} % of the pixels of {result.images} "
+            f"images have another label (allowed: {100 * OTHER_LABELS:g} %)"
         )
     allowed = matched.allowed(_UNMATCHED)
     if matched.unmatched > allowed:

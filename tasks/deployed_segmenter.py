@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effvit.errors import ExportError
-from effvit.tasks.deployed import Deployed, inside, noise, of_weights
+from effvit.tasks.deployed import Deployed, inside, noise, of_weights, open_sides_of
 from effvit.tasks.segmenters._inference import label_logits
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class DeployedSegmenter(Deployed):
         enlarging = {"align_corners": segmenter.align_corners}
         super().__init__(categories, mean, std, {**settings, **enlarging}, of_weights(segmenter).device)
         self.segmenter = segmenter
+        self.open_sides = open_sides_of(segmenter)
         named = dict(segmenter.named_children())
         parts = {"backbone": "backbone", "pyramid": "neck", "heads": "head"}
         self.parts = {part: (f"segmenter.{name}",) for part, name in parts.items() if named.get(name) is not None}
