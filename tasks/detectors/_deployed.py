@@ -78,6 +78,15 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return scores.topk(torch.sym_min(count, size), dim=-1)
 
 
+def sigmoid(logits: Tensor) -> Tensor:
+    """The sigmoid by its definition, in float32.
+
+    ONNX Runtime's own is off by 1e-7 whatever the value, which turns the order of most values below 1e-4 and with it
+    what suppression keeps of a coarse map. This one is exact to rounding, as torch's is.
+    """
+    return 1 / (1 + (-logits.float()).exp())
+
+
 def taken(values: Tensor, places: Tensor) -> Tensor:
     """The rows of ``(B, N, C)`` at ``(B, M)``: ``(B, M, C)``."""
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))

@@ -14,6 +14,7 @@ from effvit.tasks.detectors._deployed import (
     best,
     clipped,
     corners,
+    sigmoid,
     solid,
     static,
     suppress,
@@ -73,7 +74,7 @@ class FixedRCNN(FixedDetector):
         anchors = rpn.anchors(map_sizes, outputs.logits[0].device)
         found, start = [], 0
         for number, (logits, offsets) in enumerate(zip(outputs.logits, outputs.deltas, strict=True)):
-            scores, places = best(logits.float().sigmoid(), PROPOSAL_CANDIDATES)
+            scores, places = best(sigmoid(logits), PROPOSAL_CANDIDATES)
             found.append((scores, places + start, taken(offsets, places).float(), torch.full_like(places, number)))
             start += offsets.shape[1]
         scores, places, deltas, levels = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
@@ -99,8 +100,8 @@ class FixedRCNN(FixedDetector):
         """Probabilities ``(B, D, 28, 28)``, 0 where there is no detection."""
         logits = network.segment(self.pooling(maps, found.boxes, MASK_SIDE))
         labels = found.labels.clamp(min=0).flatten()[:, None, None, None]
-        own = logits.gather(1, labels.expand(-1, 1, *logits.shape[2:])).float().sigmoid()
-        masks = own.reshape(-1, network.roi_heads.detections_per_image, *own.shape[2:])
+        own = logits.gather(1, labels.expand(-1, 1, *logits.shape[2:]))
+        masks = sigmoid(own).reshape(-1, network.roi_heads.detections_per_image, *own.shape[2:])
         return masks.masked_fill(~found.valid[..., None, None], 0)
 
 

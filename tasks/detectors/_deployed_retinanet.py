@@ -13,6 +13,7 @@ from effvit.tasks.detectors._deployed import (
     best,
     clipped,
     corners,
+    sigmoid,
     solid,
     static,
     suppress,
@@ -76,4 +77,4 @@ class FixedRetinaNet(FixedDetector):
         _, anchors = best(logits.amax(dim=-1), count)
         ranked, pairs = best(taken(logits, anchors).flatten(1), count)
         classes = self.network.num_classes
-        return ranked.float().sigmoid(), anchors.gather(1, pairs // classes), pairs % classes
+        return sigmoid(ranked), anchors.gather(1, pairs // classes), pairs % classes

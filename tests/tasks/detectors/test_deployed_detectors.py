@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from effvit.deploy._onnx_trace import trace_to_onnx
 from effvit.tasks import Detection
-from effvit.tasks.detectors._deployed import Candidates, suppress
+from effvit.tasks.detectors._deployed import Candidates, sigmoid, suppress
 from effvit.tasks.detectors._deployed_rcnn import FixedRCNN
 from effvit.tasks.detectors._deployed_retinanet import FixedRetinaNet
 from effvit.tasks.detectors.rcnn import FasterRCNN, MaskRCNN
@@ -146,3 +147,26 @@ def test_regions_pooled_by_selection_are_those_pooled_by_sorting():
 def test_which_detectors_take_images_of_any_size(detector, backbone, sides):
     view = Detection(backbone, {1: "ant"}, detector=detector).deployable()
     assert (view.open_sides, view.dynamic_batch) == (sides, detector != "ssdlite")
+
+
+class Probabilities(nn.Module):
+    """What ranks proposals."""
+
+    def forward(self, logits):
+        return sigmoid(logits)
+
+
+def test_onnx_runtime_ranks_as_torch_does(tmp_path):
+    """Its own sigmoid turns the order of values that are near 0, as most proposals of a coarse map are, and near 1."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    logits = torch.linspace(-80, 20, 100_001)
+    path = tmp_path / "a.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        trace_to_onnx(Probabilities(), (logits,), path, ["logits"], ["probabilities"], 17)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(None, {"logits": logits.numpy()})[0])
+    torch.testing.assert_close(found, logits.sigmoid(), rtol=1e-6, atol=0)
+    assert (found.diff() >= 0).all()
