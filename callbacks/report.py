@@ -170,7 +170,7 @@ class RunReport(Callback):
         self._evaluations.append((trainer.global_step, row))
         if trainer.is_global_zero:
             self._write_predictions(run_folder(trainer))
-            if trainer.state.fn == "fit" and time.perf_counter() - self._drawn > SECONDS_BETWEEN_PICTURES:
+            if self._has_to_draw(trainer):
                 self.write_curves(run_folder(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -200,6 +200,13 @@ class RunReport(Callback):
         if row and trainer.is_global_zero:
             self._print_metrics(trainer, pl_module, row, "Validation" if stage == "validate" else "Test")
             _print_lines({"run folder": str(run_folder(trainer).resolve())})
+
+    def _has_to_draw(self, trainer: Trainer) -> bool:
+        """Whether this validation belongs into the curves now."""
+        if trainer.state.fn == "fit":
+            return time.perf_counter() - self._drawn > SECONDS_BETWEEN_PICTURES
+        # One that follows a training in its own process: the training ended between two validations.
+        return bool(self._steps)
 
     def write_curves(self, folder: Path) -> None:
         """Writes ``curves.png`` from the history so far, if there is any.

@@ -101,8 +101,9 @@ class SegmentationWriter(Callback):
     def _mask_file(self, name: str) -> str:
         path = Path("masks") / name
         own = path.with_suffix(".png").as_posix()
-        if own in self._masks:
-            own = f"{path.as_posix()}.png"
+        while own in self._masks:
+            path = Path(f"{path.as_posix()}.png")
+            own = path.as_posix()
         self._masks.add(own)
         return own
 
