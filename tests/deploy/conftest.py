@@ -70,16 +70,40 @@ class Detector(_StandIn):
         return self._noise(batch, size), sizes, sizes * 2
 
 
+class Segmenter(_StandIn):
+    """Two classes on a map of stride 8, enlarged."""
+
+    task = "segmentation"
+    input_names = ("images", "sizes")
+    output_names = ("labels", "logits")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 2, 8, 8)
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        rows = torch.arange(images.shape[2])[:, None] < sizes[:, 0, None, None]
+        columns = torch.arange(images.shape[3]) < sizes[:, 1, None, None]
+        logits = self.stem(images.float().masked_fill(~(rows & columns)[:, None], 0) / 255)
+        enlarged = nn.functional.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
+        return enlarged.argmax(1), logits
+
+    def example_inputs(self, batch, size):
+        return self._noise(batch, size), torch.tensor([size] * batch)
+
+
 @pytest.fixture
 def stand_ins() -> SimpleNamespace:
-    """``classifier()`` and ``detector()``: small, the same at each call, in eval mode."""
+    """``classifier()``, ``detector()`` and ``segmenter()``: small, the same at each call, in eval mode."""
 
     def made(kind):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return kind().eval()
 
-    return SimpleNamespace(classifier=lambda: made(Classifier), detector=lambda: made(Detector))
+    return SimpleNamespace(
+        classifier=lambda: made(Classifier), detector=lambda: made(Detector), segmenter=lambda: made(Segmenter)
+    )
 
 
 class Clock:

@@ -53,6 +53,7 @@ def check_written(module, done, batches):
     [
         *itertools.product(["torchscript", "onnx"], ["classifier", "detector"], [1, 2]),
         ("openvino", "detector", 2),
+        ("openvino", "segmenter", 2),
     ],
 )
 def test_a_file_for_one_batch_size(name, kind, batch, stand_ins, tmp_path):
@@ -70,7 +71,7 @@ def test_a_file_for_one_batch_size(name, kind, batch, stand_ins, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["classifier", "detector"])
+@pytest.mark.parametrize("kind", ["classifier", "detector", "segmenter"])
 @pytest.mark.parametrize("name", ["onnx", "openvino", "pt2"])
 def test_a_file_for_any_batch_size(name, kind, stand_ins, tmp_path):
     for package in FORMATS[name].modules:
@@ -93,7 +94,16 @@ def test_a_network_whose_graph_is_of_one_batch_is_written_for_one_image(stand_in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), [("onnx", "detector"), ("openvino", "detector"), ("pt2", "classifier")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("onnx", "detector"),
+        ("openvino", "detector"),
+        ("openvino", "segmenter"),
+        ("pt2", "classifier"),
+        ("pt2", "segmenter"),
+    ],
+)
 def test_a_file_for_images_of_any_size(name, kind, stand_ins, tmp_path):
     for package in FORMATS[name].modules:
         pytest.importorskip(package)

@@ -134,6 +134,52 @@ def test_detections_that_differ_are_refused(stand_ins, output, change, words):
         parity(module, running(module, wrong), [module.example_inputs(2, (64, 64))])
 
 
+def relabelled(number):
+    """Gives so many pixels of the first image another label, from the bottom right on."""
+
+    def change(outputs):
+        labels = outputs[0][0].reshape(-1)  # a view
+        labels[len(labels) - number :] = 1 - labels[len(labels) - number :]
+        return outputs
+
+    return change
+
+
+@pytest.mark.parametrize(("number", "share"), [(0, 1.0), (8, 1 - 8 / 8192)])
+def test_labels_are_counted_that_are_others(stand_ins, number, share):
+    """At most 1 in 1000 pixels; an image that comes twice counts once."""
+    module = stand_ins.segmenter()
+    both = module.example_inputs(2, (64, 64))
+    found = parity(module, running(module, relabelled(number)), [both, both])
+    assert (found.images, found.labels) == (2, pytest.approx(share))
+    assert (found.errors, found.top1, found.detections) == ({"logits": 0.0}, None, None)
+    assert found.as_dict()["labels"] == found.labels
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (relabelled(9), r"0.11 % of the pixels of 2 images have another label \(allowed: 0.1 %\)"),
+        (lambda outputs: [outputs[0], outputs[1] + 0.01], "logits differs by 0.01"),
+        (lambda outputs: [outputs[0][:, 1:], outputs[1]], "of the shapes"),
+    ],
+)
+def test_label_maps_that_differ_are_refused(stand_ins, change, words):
+    module = stand_ins.segmenter()
+    with pytest.raises(ExportError, match=words):
+        parity(module, running(module, change), [module.example_inputs(2, (64, 64))])
+
+
+def test_labels_of_the_padding_do_not_count(stand_ins):
+    module = stand_ins.segmenter()
+    images, _ = module.example_inputs(1, (64, 64))
+    inputs = images, torch.tensor([[62, 40]])
+    found = parity(module, running(module, relabelled(2 * 64)), [inputs])
+    assert found.labels == 1.0
+    with pytest.raises(ExportError, match=r"1.61 % of the pixels of 1 images"):
+        parity(module, running(module, relabelled(3 * 64)), [inputs])
+
+
 def test_each_detection_has_one_partner():
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60]])
     labels = torch.tensor([1, 1, 1])
