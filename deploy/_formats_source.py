@@ -27,7 +27,7 @@ class Deployable(Protocol):
 
     @property
     def task(self) -> str:
-        """``classification`` or ``detection``."""
+        """``classification``, ``detection`` or ``segmentation``."""
 
     @property
     def dynamic_batch(self) -> bool:
