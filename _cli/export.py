@@ -226,16 +226,24 @@ def _print_result(done: Export) -> None:
     images = "any number of images" if batch is None else f"{batch} image{'s' * (batch > 1)} at a time"
     size = sum(file.stat().st_size for file in _files(done.path)) / 1e6
     console.print(
-        f"{done.path}: {done.format}, {size:.1f} MB, {images} of {_sizes(done.metadata)} pixels",
+        f"{done.path}: {done.format}, {size:.1f} MB, {images}, {_sizes(done.metadata)}",
         highlight=False,
         soft_wrap=True,
     )
+    divisor = done.metadata.get("preprocessing", {}).get("pad_divisor")
+    step = (done.metadata.get("sides") or {}).get("step")
+    if step is not None and divisor is not None and divisor % step:
+        console.print(
+            f"the run pads images to multiples of {divisor} pixels and the file to multiples of {step}: where that is "
+            "more padding, its results differ slightly from the checkpoint's",
+            soft_wrap=True,
+        )
 
 
 def _sizes(metadata: Mapping[str, Any]) -> str:
     if metadata["size"] is not None:
-        return "{} x {}".format(*metadata["size"])
-    return "{least} to {most}, in steps of {step},".format(**metadata["sides"])
+        return "{} x {} pixels".format(*metadata["size"])
+    return "heights and widths of {least} to {most} pixels in steps of {step}".format(**metadata["sides"])
 
 
 def _print_parity(done: Export) -> None:

@@ -154,7 +154,7 @@ def _detector_subject(spec: Spec, kind: str, size: tuple[int, int]) -> Subject:
     torch.manual_seed(0)
     classes = _classes(_COCO_CLASSES)
     task = Detection(backbone=spec.name, categories=classes, backbone_options=spec.options or None, detector=kind)
-    _see_things(task, size)
+    see_things(task, size)
     return task_subject(f"{kind} {spec.text}", task, size)
 
 
@@ -173,7 +173,7 @@ def _classes(number: int) -> dict[int, str]:
     return {label: f"class {label}" for label in range(1, number + 1)}
 
 
-def _see_things(task: Detection, size: tuple[int, int]) -> None:
+def see_things(task: Detection, size: tuple[int, int]) -> None:
     """Makes a detector of random weights so sure of some classes that it finds objects.
 
     As it starts it finds none: there would be nothing to suppress, to paste or to compare. Its class logits are brought

@@ -123,7 +123,7 @@ def test_a_file_for_any_number_of_images(name, checkpoint, pictures, expected, c
     for package in FORMATS[name].modules:
         pytest.importorskip(package)
     file = tmp_path / f"scenes{FORMATS[name].suffix}"
-    assert "any number of images of 64 x 128 pixels" in export(
+    assert "any number of images, 64 x 128 pixels" in export(
         cli, checkpoint, file, "--format", name, "--image_size", *SIZE
     )
     words = ["--images", pictures, "--batch_size", 3]
@@ -140,7 +140,7 @@ def test_a_file_for_images_of_any_size(name, pictures, cli, tmp_path):
     checkpoint = train(cli, tmp_path, "mobilevitv2_050")
     file = tmp_path / f"scenes{FORMATS[name].suffix}"
     out = export(cli, checkpoint, file, "--format", name, "--image_size", "any")
-    assert "any number of images of 64 to 4096, in steps of 32, pixels" in out
+    assert "any number of images, heights and widths of 64 to 4096 pixels in steps of 32" in out
     words = ["--images", pictures, "--batch_size", 2]
     found = masks(cli, tmp_path / "file", "--model", file, *words)
     assert_same_masks(found, masks(cli, tmp_path / "run-masks", "--checkpoint", checkpoint, *words), "01234")
