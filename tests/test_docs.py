@@ -153,7 +153,7 @@ def exported(folder, cli):
     """The same folder with a detector's run exported to ONNX."""
     pytest.importorskip("onnxruntime")
     run = folder / "runs" / "finetune"
-    done = cli.run("export", "--checkpoint", run / "best.ckpt", "--format", "onnx")
+    done = cli.run("export", "--checkpoint", run / "best.ckpt", "--format", "onnx", "--batch_size", 1)
     assert done.code == 0, done.err
     return folder
 
@@ -220,6 +220,8 @@ def brief_measurement(words):
     """The words of ``effvit benchmark`` for small images, and for one of the networks of a protocol."""
     if "--profile" in words:
         return [*words, "--image_size", "64"]
+    if "--kind" in words:
+        words = [*words, "--image_size", "64"]
     if "--protocol" in words:
         words = [words[0], "efficientvit_m0@64", *words[1:]]
     return [*words, *BRIEF_MEASUREMENT]

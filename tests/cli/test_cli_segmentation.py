@@ -16,6 +16,7 @@ from effvit.datamodules import SegmentationFolder
 
 TINY = (
     "--data.num_train 8 --data.num_val 4 --data.batch_size 4 --data.num_workers 0 --trainer.max_epochs 1 "
+    "--trainer.check_val_every_n_epoch 1 "
     "--model.backbone efficientvit_m0 --model.pyramid_channels 16 --model.head_channels 16"
 ).split()
 

@@ -204,11 +204,11 @@ def test_check_data_of_a_folder_that_is_neither(cli, tmp_path):
         assert told in done.err
 
 
-def test_check_data_takes_images_and_masks_for_no_classes(cli, tmp_path):
+def test_check_data_takes_pictures_beside_a_json_for_no_classes(cli, tmp_path):
     """A JSON beside folders of images is some other format; beside ``train/<class>`` it is not in the way."""
-    for kind in ("images", "masks"):
+    for kind in ("images", "thumbnails"):
         save(tmp_path / kind / "0.png", 0)
-    (tmp_path / "classes.json").write_text("{}")
+    (tmp_path / "index.json").write_text("{}")
     assert "is no data set" in cli.run("check-data", tmp_path).err
     for split in ("train", "val"):
         for seed, kind in enumerate(("cat", "dog")):

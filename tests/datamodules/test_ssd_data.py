@@ -238,7 +238,7 @@ def test_masks_follow_a_squash_but_no_crop(coco_root):
     [
         (
             {"resize": "sqash"},
-            r"resize must be one of \('keep_ratio', 'squash'\), found 'sqash'. Did you mean 'squash'",
+            r"resize must be one of \('keep_ratio', 'align', 'squash'\), found 'sqash'. Did you mean 'squash'",
         ),
         ({"augmentation": "sd"}, r"augmentation must be one of \('flip', 'ssd'\), found 'sd'. Did you mean 'ssd'"),
     ],
