@@ -454,7 +454,8 @@ def test_detectors_of_any_number_of_images_of_any_size(name, detector, backbone,
     torch.manual_seed(0)
     channels = {} if detector == "ssdlite" else {"pyramid_channels": 32}
     model = Detection(backbone, {1: "ant", 2: "bee"}, detector=detector, score_threshold=0.004, **channels)
-    see_things(model, (160, 224))  # as it starts all its scores are equal to seven digits, and so is their order chance
+    if detector in {"retinanet", "faster_rcnn"}:  # as they start scores are equal to seven digits, their order chance
+        see_things(model, (160, 224))
     size = (160, 224) if detector == "ssdlite" else None  # SSDLite takes one image of one size
     samples = []
     for number, own in enumerate([size or (160, 224), size or (192, 256)]):
