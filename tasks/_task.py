@@ -6,7 +6,7 @@ import json
 import logging
 import shlex
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -42,6 +42,28 @@ _SHAPING = (
     "rates",
     "auxiliary_weight",
 )
+
+
+class Result(Protocol):
+    """What an evaluator found."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers by name."""
+
+
+ResultT = TypeVar("ResultT", bound=Result)
+ComputedT_co = TypeVar("ComputedT_co", bound=Result, covariant=True)
+
+
+class Evaluator(Protocol[ComputedT_co]):
+    """Collects what a network says of a data set, batch by batch."""
+
+    def compute(self) -> ComputedT_co:
+        """The metrics of all that was seen, the same in every process."""
+
+    def reset(self) -> None:
+        """Forgets it."""
 
 
 class Group(NamedTuple):
@@ -215,6 +237,26 @@ class Task(LightningModule):
         schedulers = self.lr_schedulers()
         several = schedulers if isinstance(schedulers, list) else [schedulers]
         return [schedule for schedule in several if isinstance(schedule, TrainingSchedule)]
+
+    def log_result(self, evaluator: Evaluator[ResultT], prefix: str) -> ResultT | None:
+        """Computes and logs what an evaluator has seen, and empties it.
+
+        Args:
+            evaluator: All processes hold the same numbers after it has computed.
+            prefix: Of the names in the log, ``val`` or ``test``.
+
+        Returns:
+            What it found; ``None`` of Lightning's sanity check, which has not seen all images.
+        """
+        if self.trainer.sanity_checking:
+            evaluator.reset()
+            return None
+        self.evaluated_step = self.trainer.global_step
+        result = evaluator.compute()
+        evaluator.reset()
+        # Every rank holds the same numbers, so nothing is left to synchronise.
+        self.log_dict({f"{prefix}/{name}": value for name, value in result.metrics.items()})
+        return result
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes that the weights inside supersede any starting point, which need not exist where they are loaded."""

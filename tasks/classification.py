@@ -321,21 +321,11 @@ class Classification(Task):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the metrics over all validation images."""
-        self._log_result("val")
+        self.result = self.log_result(self.evaluator, "val") or self.result
 
     def on_test_epoch_end(self) -> None:
         """Logs the metrics over all test images."""
-        self._log_result("test")
-
-    def _log_result(self, prefix: str) -> None:
-        if self.trainer.sanity_checking:
-            self.evaluator.reset()
-            return
-        self.evaluated_step = self.trainer.global_step
-        self.result = self.evaluator.compute()
-        self.evaluator.reset()
-        # Every rank holds the same numbers, so nothing is left to synchronise.
-        self.log_dict({f"{prefix}/{name}": value for name, value in self.result.metrics.items()})
+        self.result = self.log_result(self.evaluator, "test") or self.result
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds how many heads there are, which pretrained weights may have decided."""
