@@ -85,12 +85,16 @@ class AnnotationTable:
         begin, end = _span(self._ends, index)
         return Record(
             image_id=int(self.image_ids[index]),
-            file_name=_slice(self._names, self._name_ends, index).decode(),
+            file_name=self.file_name(index),
             size=(height, width),
             boxes=self._boxes[begin:end].clone(),
             labels=self._labels[begin:end].long(),
             masks=self._masks(begin, end, height, width),
         )
+
+    def file_name(self, index: int) -> str:
+        """Name of one image's file; unlike a record it costs no decoding of masks."""
+        return _slice(self._names, self._name_ends, index).decode()
 
     @property
     def is_wide(self) -> torch.Tensor:

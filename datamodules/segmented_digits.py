@@ -121,7 +121,7 @@ class _Scenes(MaskSource):
         return len(self._table)
 
     def name(self, index: int) -> str:
-        return self._table[index].file_name
+        return self._table.file_name(index)
 
     def read_image(self, index: int) -> Pixels:
         pixels: Pixels = read_image(self._folder / self.name(index)).permute(1, 2, 0).numpy()
