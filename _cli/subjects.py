@@ -154,7 +154,7 @@ def _detector_subject(spec: Spec, kind: str, size: tuple[int, int]) -> Subject:
     torch.manual_seed(0)
     classes = _classes(_COCO_CLASSES)
     task = Detection(backbone=spec.name, categories=classes, backbone_options=spec.options or None, detector=kind)
-    see_things(task, size)
+    see_things(task, _noise(1, size))
     return task_subject(f"{kind} {spec.text}", task, size)
 
 
@@ -173,17 +173,22 @@ def _classes(number: int) -> dict[int, str]:
     return {label: f"class {label}" for label in range(1, number + 1)}
 
 
-def see_things(task: Detection, size: tuple[int, int]) -> None:
+def see_things(task: Detection, images: torch.Tensor) -> None:
     """Makes a detector of random weights so sure of some classes that it finds objects.
 
     As it starts it finds none: there would be nothing to suppress, to paste or to compare. Its class logits are brought
     to a standard deviation of 2 about a mean of -4, with which most places show nothing and some a class.
+
+    Args:
+        task: The detector, changed in place.
+        images: Normalised images ``(B, 3, H, W)`` like those it shall see: a random network may answer noise and
+            photographs with logits of another size, and scores that saturate are equal, in an order of chance.
     """
     import torch
 
     detector = task.detector.eval()
     with torch.no_grad():
-        logits = detector(_noise(1, size))["cls_logits"]
+        logits = detector(images)["cls_logits"]
         for name, parameter in detector.named_parameters():
             if not name.startswith(detector.class_parameters) or "bbox" in name or "mask" in name:
                 continue
