@@ -89,6 +89,7 @@ def test_validate_rebuilds_data_and_network_and_gives_the_same_figure(digits_run
     assert {"val/top5", "val/ece"} <= metrics.keys()
 
 
+@pytest.mark.slow  # resuming is the trainer's, which tests/cli/test_cli_runs.py stops and resumes each time
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_stopped(digits_run, cli, tmp_path, monkeypatch):
     stopped = tmp_path / "stopped"
     step = Classification.training_step
