@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch_size",
         type=int,
         metavar="N",
-        help="images that the file takes at a time (default: any number where format and network can, otherwise 1)",
+        help="images that the file takes at a time (default: any number where the format can, otherwise 1)",
     )
     parser.add_argument(
         "--images",

@@ -13,6 +13,8 @@ from torchvision.ops import box_iou
 #: Overlap from which two boxes of a class are the same detection. Where suppression kept another one of two boxes that
 #: lie almost alike, what comes out of it is another detection, not a rounded one.
 SAME = 0.99
+#: Pixels added at each side of a box: the border may have cut it down to a line, which has no area to overlap.
+_MARGIN = (-0.05, -0.05, 0.05, 0.05)
 #: Rounding can turn the order of two scores, or an overlap or a score at the threshold, and with it what non-maximum
 #: suppression keeps. One such turn leaves two without a partner, one of either side.
 _ONE_TURN = 2
@@ -102,7 +104,7 @@ def match_detections(
     Returns:
         Positions among `found` and positions among `expected`, of the same length.
     """
-    overlap = box_iou(found["boxes"].double(), expected["boxes"].double())
+    overlap = box_iou(*(side["boxes"].double() + side["boxes"].new_tensor(_MARGIN) for side in (found, expected)))
     overlap[found["labels"][:, None] != expected["labels"]] = 0
     pairs = []
     for _ in range(min(overlap.shape)):

@@ -30,10 +30,6 @@ class Deployable(Protocol):
         """``classification``, ``detection`` or ``segmentation``."""
 
     @property
-    def dynamic_batch(self) -> bool:
-        """Whether ``torch.export`` can record it for any number of images."""
-
-    @property
     def open_sides(self) -> range | None:
         """Sides in pixels of the images that a graph of no fixed size takes; ``None`` where it is made for one size."""
 

@@ -28,8 +28,8 @@ from effvit.errors import ConfigError, ExportError
 #: Images of a graph that is to take any number of them: torch.export keeps a size of 1 as it is.
 _TRACED_BATCH = 2
 #: Steps beyond the least size in which a graph for images of any size is recorded: not square, and so large that no map
-#: of stride 128 has a side of 1, which would be taken for a constant.
-_TRACED_STEPS = (7, 5)
+#: of stride 256 (SSDLite's) has a side of 1, which would be taken for a constant.
+_TRACED_STEPS = (9, 12)
 #: Steps by which images are made larger where all have one size, so that such a graph is checked on a second one.
 _CHECKED_STEPS = (1, 2)
 #: A folder of an export that is older than this is of one that was killed.
@@ -105,8 +105,7 @@ def export(
         format_name: Name of the format.
         path: Where the file is to go.
         size: Height and width of its images in pixels; ``None`` for any, where the format and the network can.
-        batch: Images that it is to take at a time; ``None`` for any number, where the format and the
-            network can, otherwise for 1.
+        batch: Images that it is to take at a time; ``None`` for any number, where the format can, otherwise for 1.
         metadata: What is stored beside what the network says of itself: source, resize policy.
         samples: What ``forward`` takes of one real image each (a batch of 1), all of the same `size`, or of such as
             `open_sides` has. Without any, noise is compared.
@@ -123,7 +122,7 @@ def export(
     if size is None:
         check_any_size(module, entry)
     path = Path(path)
-    if batch is None and not (module.task in entry.dynamic_batch and module.dynamic_batch):
+    if batch is None and module.task not in entry.dynamic_batch:
         batch = 1
     module = _own_copy(module)
     source = _source(module, size, batch)

@@ -48,14 +48,12 @@ class Deployed(nn.Module, ABC):
         parts: Names of submodules by part of a detector; all of them are called as modules. One may lie in another.
         open_sides: Sides in pixels of the images that it takes where it is exported for images of any size; ``None``
             where it can only be exported for one.
-        dynamic_batch: Whether it can be exported for any batch size; otherwise the one that it is exported with counts.
     """
 
     task: ClassVar[Literal["classification", "detection", "segmentation"]]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     parts: Mapping[str, tuple[str, ...]]
-    dynamic_batch: bool
     open_sides: range | None = None
     scale: Tensor
     shift: Tensor
@@ -138,7 +136,6 @@ class DeployedClassifier(Deployed):
     input_names = ("images",)
     output_names = ("probabilities",)
     parts: Mapping[str, tuple[str, ...]] = {}
-    dynamic_batch = True
 
     def __init__(
         self,
@@ -198,8 +195,7 @@ class DeployedDetector(Deployed):
     ) -> None:
         super().__init__(categories, mean, std, {**settings, **_limits(detector)}, of_weights(detector).device)
         self.detector = _fixed(detector)
-        self.open_sides = open_sides_of(detector) if self.detector.open_shapes else None
-        self.dynamic_batch = self.detector.open_shapes
+        self.open_sides = open_sides_of(detector)
         self.output_names = self.detector.outputs
         self.parts = {part: tuple(f"detector.{name}" for name in names) for part, names in self.detector.parts.items()}
 

@@ -33,7 +33,6 @@ class DeployedSegmenter(Deployed):
     task = "segmentation"
     input_names = ("images", "sizes")
     output_names = ("labels", "logits")
-    dynamic_batch = True
 
     def __init__(
         self,

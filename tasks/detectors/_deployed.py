@@ -45,12 +45,10 @@ class FixedDetector(nn.Module, ABC):
     Attributes:
         parts: Names of the submodules in here by part: backbone, pyramid, heads.
         outputs: Names of what `forward` returns.
-        open_shapes: Whether its graph may leave the number and the size of images open.
     """
 
     parts: dict[str, tuple[str, ...]]
     outputs: tuple[str, ...] = ("boxes", "scores", "labels")
-    open_shapes: bool = True
 
     @abstractmethod
     def forward(self, images: Tensor, sizes: Tensor, original_sizes: Tensor) -> tuple[Tensor, ...]:

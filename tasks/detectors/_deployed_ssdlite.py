@@ -31,7 +31,6 @@ class FixedSSDLite(FixedDetector):
         network: The detector, whose layers are shared.
     """
 
-    open_shapes = False  # such a graph gives other detections in ONNX than here
     parts = {  # noqa: RUF012 - the same for all
         "backbone": ("backbone",),
         "pyramid": ("coarser",),

@@ -12,7 +12,6 @@ from effvit.deploy import parts, timing
 
 
 class _StandIn(nn.Module):
-    dynamic_batch = True
     open_sides = range(32, 321, 32)
 
     def onnx_translations(self):

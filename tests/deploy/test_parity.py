@@ -188,3 +188,14 @@ def test_each_detection_has_one_partner():
     assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == [(0, 1), (1, 0)]
     none = match_detections({"boxes": boxes[:0], "labels": labels[:0]}, {"boxes": boxes, "labels": labels})
     assert [len(side) for side in none] == [0, 0]
+
+
+def test_boxes_that_the_border_cut_down_to_lines_have_partners_too():
+    lines = torch.tensor([[20.0, 5, 20, 40], [0, 30, 12, 30], [20, 30, 20, 30]])
+    labels = torch.tensor([1, 1, 1])
+    rows, columns = match_detections(
+        {"boxes": lines + 1e-4, "labels": labels}, {"boxes": lines.flip(0), "labels": labels}
+    )
+    assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == [(0, 2), (1, 1), (2, 0)]
+    shorter = {"boxes": lines[:1] - torch.tensor([0, 0, 0, 1.0]), "labels": labels[:1]}
+    assert len(match_detections(shorter, {"boxes": lines, "labels": labels})[0]) == 0
