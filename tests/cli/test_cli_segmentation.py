@@ -30,6 +30,14 @@ def run(cli, tmp_path_factory):
     return folder, done.out
 
 
+@pytest.mark.slow  # five minutes on one core
+def test_the_embedded_default_learns_from_scratch(cli, tmp_path):
+    done = cli.run("fit", "-c", "segmentation/digits", "--run_dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    report = torch.load(tmp_path / "run" / "best.ckpt", weights_only=True)["callbacks"]["RunReport"]
+    assert report["evaluations"][-1][1]["mIoU"] >= 0.75
+
+
 def test_a_run_leaves_everything_to_look_at(run):
     folder, text = run
     names = {path.name for path in folder.iterdir()}
