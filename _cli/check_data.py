@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+import yaml
 
 from effvit.errors import ConfigError, DatasetError
 
@@ -68,7 +71,35 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="open no image file: check annotations or folders only (no damaged files, no duplicates, no masks)",
     )
+    parser.add_argument(
+        "--ignore", type=_ignored, metavar="[V,...]", help="of masks: pixel values without a class, as --data.ignore"
+    )
+    parser.add_argument(
+        "--merge", type=_merged, metavar="{V:ID,...}", help="of masks: values that count as a class, as --data.merge"
+    )
     return parser
+
+
+def _ignored(text: str) -> list[int]:
+    found = _read(text)
+    if not isinstance(found, list) or not all(isinstance(value, int) for value in found):
+        raise argparse.ArgumentTypeError(f"{text} is no list of pixel values, such as [0,255]")
+    return found
+
+
+def _merged(text: str) -> dict[int, int]:
+    # YAML wants a space behind the colon, and a shell would want quotes around it.
+    found = _read(re.sub(r":\s*", ": ", text))
+    if not isinstance(found, dict) or not all(isinstance(value, int) for pair in found.items() for value in pair):
+        raise argparse.ArgumentTypeError(f"{text} does not say which pixel values are which class, such as {{8:7}}")
+    return found
+
+
+def _read(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
 
 
 def _reports(own: argparse.Namespace) -> Sequence[_Report]:
@@ -80,7 +111,10 @@ def _reports(own: argparse.Namespace) -> Sequence[_Report]:
 
         if own.images is not None:
             raise ConfigError(f"--images goes with a COCO annotation file, and {own.root} holds images with masks")
-        return [inspect_masks(own.root, own.split, not own.skip_images, _Progress())]
+        decode = not own.skip_images
+        return [inspect_masks(own.root, own.split, decode, _Progress(), ignore=own.ignore, merge=own.merge)]
+    if own.ignore is not None or own.merge is not None:
+        raise ConfigError(f"--ignore and --merge are about masks, and {own.root} holds none")
     if _has_class_folders(Path(own.root)):
         from effvit.datamodules import inspect_image_folder
 

@@ -154,26 +154,31 @@ def inspect_masks(
     splits: Collection[str] | None = None,
     decode_images: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    ignore: list[int] | None = None,
+    merge: dict[int, int] | None = None,
 ) -> MaskSetReport:
     """Checks a segmentation set, and counts what is in it.
 
     The layouts are those of ``SegmentationFolder``, ``ADE20K``, ``PascalVOC`` and ``Cityscapes``, read with their
-    default options.
+    default options but for those named here.
 
     Args:
         root: Its folder.
         splits: Which to check, of "train", "val" and "test"; None for all there are.
         decode_images: Open every file too, on all cores; without that, only missing partners are found.
         progress: Called now and then with the number of pairs that were opened, and of all.
+        ignore: Of a ``SegmentationFolder``, its option.
+        merge: Of a ``SegmentationFolder``, its option.
 
     Returns:
         The report, with every fault.
 
     Raises:
         DatasetError: There is no such layout, or the classes are not declared as they should be.
-        ConfigError: There is no such split.
+        ConfigError: There is no such split, or the layout declares what is ignored and merged itself.
     """
-    data = _find_data(Path(root))
+    data = _find_data(Path(root), ignore, merge)
     chosen = _choose(data, splits)
     listings = {split: data.list_pairs(split) for split in chosen}
     contents = _Contents(data, [(split, pair) for split, listing in listings.items() for pair in listing.pairs])
@@ -192,18 +197,27 @@ def inspect_masks(
     )
 
 
-def _find_data(root: Path) -> MaskFilesData:
+def _find_data(root: Path, ignore: list[int] | None, merge: dict[int, int] | None) -> MaskFilesData:
     """The data module that reads a folder."""
     if not root.is_dir():
         raise DatasetError(f"there is no folder {root}")
+    published = _find_published(root)
+    if published is None:
+        return SegmentationFolder(str(root), ignore=ignore, merge=merge)
+    if ignore is not None or merge is not None:
+        raise ConfigError(
+            f"{root} is a {type(published).__name__}, whose values are declared: leave out --ignore and --merge"
+        )
+    return published
+
+
+def _find_published(root: Path) -> MaskFilesData | None:
     ade20k = ADE20K(str(root))
     if is_ade20k(ade20k.home):
         return ade20k
     if voc_folder(root) is not None:
         return PascalVOC(str(root))
-    if is_cityscapes(root):
-        return Cityscapes(str(root))
-    return SegmentationFolder(str(root))
+    return Cityscapes(str(root)) if is_cityscapes(root) else None
 
 
 def _choose(data: MaskFilesData, splits: Collection[str] | None) -> list[str]:

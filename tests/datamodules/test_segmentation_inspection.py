@@ -123,6 +123,25 @@ def test_what_is_no_segmentation_set(image_root, tmp_path):
         inspect_masks(tmp_path / "nowhere")
 
 
+def test_what_is_ignored_and_merged_is_said_as_in_training(sound, cli, tmp_path_factory):
+    report = inspect_masks(sound, ignore=[255, 3], merge={8: 1})
+    assert report.names == ("left",)
+    assert report.contents["train"].pixels.tolist() == [30 * 86]
+    assert report.contents["train"].ignored == 4 * 80 + 30 * 74
+    done = cli.run("check-data", sound, "--ignore", "[255,3]", "--merge", "{8:1}")
+    assert (done.code, "1 classes" in done.out) == (0, True), done.err
+    for words, match in (
+        (["--ignore", "255"], "no list of pixel values, such as [0,255]"),
+        (["--merge", "[8]"], "which pixel values are which class, such as {8:7}"),
+        (["--merge", "{8:"], "which pixel values are which class, such as {8:7}"),
+    ):
+        done = cli.run("check-data", sound, *words)
+        assert done.code == 2
+        assert match in done.err
+    done = cli.run("check-data", tmp_path_factory.mktemp("other"), "--ignore", "[0]")
+    assert "--ignore and --merge are about masks" in done.err
+
+
 def test_the_command(sound, cli):
     done = cli.run("check-data", sound)
     assert done.code == 0, done.err
