@@ -42,7 +42,7 @@ def draw_iou_bars(path: Path, per_class: Mapping[int, float], names: Sequence[st
     mean = sum(value for value, _ in known) / len(known) if known else math.nan
     notes = [title]
     if len(known) < len(per_class):
-        notes.append(f"{len(per_class) - len(known)} classes occur nowhere")
+        notes.append(f"occur nowhere: {len(per_class) - len(known)} of {len(per_class)} classes")
     if len(known) > _MOST:
         notes.append(f"{len(known) - _MOST} in the middle left out")
         known = known[: _MOST // 2] + known[-_MOST // 2 :]

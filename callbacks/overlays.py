@@ -22,6 +22,7 @@ _GAP = 6
 _NARROW = 240  # pixels below which a legend is not pressed
 _MOST_ENTRIES = 30  # more cannot be told apart by colour; they are counted together
 _LEAST_SHARE = 0.95  # of the pixels under a name that are of its class
+_SEARCHED = 800  # pixels a side of a picture in which the place for a name is looked for
 _HATCH = 8  # pixels from stripe to stripe
 _STRIPES: tuple[Colour, Colour] = ((70, 73, 78), (150, 153, 158))
 _NEUTRAL: Colour = (214, 216, 220)
@@ -218,9 +219,12 @@ def _write_names(picture: Image.Image, labels: np.ndarray, present: Sequence[int
     draw = ImageDraw.Draw(picture)
     size = max(12, round(max(picture.size) / 40))
     font, stroke = text_font(size), max(2, size // 8)
-    for label in present:
+    step = -(-max(picture.size) // _SEARCHED)
+    coarse = labels[::step, ::step]
+    for label in np.intersect1d(present, coarse).tolist():
         inside = labels == label
-        text, centre = _name(label, names), _middle(inside)
+        x, y = _middle(coarse == label)
+        text, centre = _name(label, names), (x * step, y * step)
         box = draw.textbbox(centre, text, font=font, anchor="mm", stroke_width=stroke)
         left, top, right, bottom = (round(value) for value in box)
         if left < 0 or top < 0 or right > picture.width or bottom > picture.height:

@@ -91,6 +91,17 @@ def test_names_stand_in_regions_that_have_room() -> None:
     assert (rows.max() - rows.min(), columns.max() - columns.min()) < (14, 60)  # one name only
 
 
+def test_the_name_in_a_large_picture_stands_in_the_middle_too() -> None:
+    mask = torch.zeros(1000, 2000, dtype=torch.int16)
+    mask[:, 1200:] = 3
+    drawn = draw_segmentation(GREY, mask, NAMES, legend=False, min_side=1)
+    for place, (left, right) in {600: (10, 1190), 1600: (1210, 1990)}.items():
+        rows, columns = np.nonzero((np.asarray(drawn)[:, left:right] > 250).all(-1))
+        assert len(rows) > 100
+        assert abs(columns.mean() + left - place) < 30
+        assert abs(rows.mean() - 500) < 30
+
+
 def test_legend_lists_the_largest_first() -> None:
     picture = draw_segmentation(GREY, _halves(), NAMES, min_side=1)
     legend = picture.crop((0, 106, picture.width, picture.height))
