@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 import shlex
@@ -80,7 +81,8 @@ def folder(tmp_path_factory, tiny_coco_run):
         f"_base_ = {str(mmdet_config('faster_rcnn/faster-rcnn_r50_fpn_1x_coco'))!r}"
     )
     write_class_folders(where / "photos")
-    return where
+    yield where
+    shutil.rmtree(where)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,7 @@ def test_a_documented_command_runs(command, folder, cli, monkeypatch, request):
         assert command in (ROOT / ".ci" / "run").read_text() or command in INSTALLS
         return
     monkeypatch.chdir(folder)
+    request.addfinalizer(functools.partial(remove_repeated_runs, folder))
     words = shlex.split(command)
     if words[0] == "torchrun":
         words = launched_by_torchrun(words[1:])
@@ -214,6 +217,12 @@ def test_a_documented_command_runs(command, folder, cli, monkeypatch, request):
         return
     done = cli.run(*words)
     assert done.code == 0, done.err
+
+
+def remove_repeated_runs(folder):
+    """Removes what stands in a numbered folder, which no page names: a gigabyte or two of checkpoints otherwise."""
+    for run in (folder / "runs").glob("*-[0-9]*"):
+        shutil.rmtree(run)
 
 
 def brief_measurement(words):
