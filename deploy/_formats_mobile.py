@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -26,12 +27,16 @@ def write_coreml(source: Source, path: Path, text: str) -> None:
     with quiet():
         import coremltools
 
-        images = source.inputs[0].float()  # CoreML has no arrays of uint8
-        graph = graph_of(Source(source.module, (images,), source.input_names, source.output_names))
+        _register_bicubic()
+        inputs = (source.inputs[0].float(), *source.inputs[1:])  # CoreML has no arrays of uint8
+        graph = graph_of(Source(source.module, inputs, source.input_names, source.output_names))
         with contextlib.redirect_stderr(io.StringIO()):
             model = coremltools.convert(
                 _in_known_operators(graph),
-                inputs=[coremltools.TensorType(name=source.input_names[0], shape=tuple(images.shape))],
+                inputs=[
+                    coremltools.TensorType(name=name, shape=tuple(tensor.shape), dtype=tensor.numpy().dtype)
+                    for name, tensor in zip(source.input_names, inputs, strict=True)
+                ],
                 outputs=[coremltools.TensorType(name=name) for name in source.output_names],
                 minimum_deployment_target=coremltools.target.iOS16,
                 compute_precision=coremltools.precision.FLOAT32,
@@ -44,13 +49,34 @@ def write_coreml(source: Source, path: Path, text: str) -> None:
 def _in_known_operators(graph: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The same graph without the operators that coremltools 9 does not know."""
     aten = torch.ops.aten
-    graph = graph.run_decompositions(torch._decomp.get_decompositions([aten.addcmul]))  # noqa: SLF001 - its documented name
+    graph = graph.run_decompositions(torch._decomp.get_decompositions([aten.addcmul, aten.index_copy]))  # noqa: SLF001 - its documented name
     for node in list(graph.graph.nodes):
         if node.target is aten.alias.default:
             node.replace_all_uses_with(node.args[0])
+            graph.graph_signature.replace_all_uses(node.name, node.args[0].name)  # it may be an output
             graph.graph.erase_node(node)
     graph.graph_module.recompile()
     return graph
+
+
+def _register_bicubic() -> None:
+    """Tells coremltools what a bicubically resized table is: a constant.
+
+    Tables of attention biases and embeddings of positions are resized in the graph where images are not of the
+    published size. CoreML has no such operator, and needs none for what does not depend on the image.
+    """
+    from coremltools.converters.mil import Builder, register_torch_op
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    @register_torch_op(torch_alias=["upsample_bicubic2d.vec"], override=True)
+    def upsample_bicubic2d(context: Any, node: Any) -> None:
+        table, size, align_corners = (entry.val for entry in _get_inputs(context, node)[:3])
+        if table is None:
+            raise NotImplementedError("CoreML has no bicubic resize of what depends on the image")
+        resized = F.interpolate(
+            torch.from_numpy(table), size=tuple(size), mode="bicubic", align_corners=bool(align_corners)
+        )
+        context.add(Builder.const(val=resized.numpy(), name=node.name))
 
 
 def attach_coreml(path: Path, text: str) -> None:
@@ -83,8 +109,8 @@ def open_coreml(path: Path, threads: int | None) -> Run:  # noqa: ARG001 - every
     outputs = [entry.name for entry in model.get_spec().description.output]
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        feed = {name: tensor.float().numpy() for name, tensor in zip(names, tensors, strict=True)}
-        found = model.predict(feed)
+        known = [tensor.int() if tensor.dtype is torch.int64 else tensor.float() for tensor in tensors]
+        found = model.predict({name: tensor.numpy() for name, tensor in zip(names, known, strict=True)})
         return [torch.from_numpy(found[name]) for name in outputs]
 
     return run

@@ -288,7 +288,7 @@ def inside(images: Tensor, sizes: Tensor) -> Tensor:
     """Which pixels of a batch ``(B, C, H, W)`` are no padding ``(B, 1, H, W)``."""
     rows = torch.arange(images.shape[2], device=images.device)[:, None] < sizes[:, 0, None, None]
     columns = torch.arange(images.shape[3], device=images.device) < sizes[:, 1, None, None]
-    return (rows & columns)[:, None]
+    return torch.logical_and(rows, columns)[:, None]  # CoreML has no bitwise one
 
 
 def _limits(detector: Detector) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from effvit.deploy import _formats_mobile as mobile
 from effvit.deploy._formats_source import Source
 from effvit.deploy.export import export
 from effvit.deploy.exported import metadata_of
-from effvit.tasks import Classification
+from effvit.tasks import Classification, Segmentation
 
 FAMILIES = (
     "efficientvit_m0",
@@ -55,6 +55,12 @@ def classifier(backbone):
     return Classification(backbone, {1: "ant", 2: "bee"}).eval().deployable()
 
 
+def segmenter(backbone):
+    """With the head of the family's paper."""
+    options = {"head": "deeplabv3"} if backbone.startswith("mobilevit") else {"pyramid_channels": 32}
+    return Segmentation(backbone, {1: "ant", 2: "bee", 3: "wasp"}, **options).eval().deployable()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", FAMILIES)
 def test_every_family_in_executorch(backbone, tmp_path):
@@ -76,4 +82,25 @@ def test_every_family_in_coreml(backbone, tmp_path):
     assert (found["backbone"], found["size"], found["checkpoint"]) == (backbone, list(size), "best.ckpt")
     assert found["categories"] == {"1": "ant", "2": "bee"}
     assert found["output_names"] == ["probabilities"]
+    assert (done.parity is None) == (not mobile.on_macos())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_segmenters_of_every_family_in_executorch(backbone, tmp_path):
+    """Minutes each, as classifiers."""
+    pytest.importorskip("executorch")
+    done = export(segmenter(backbone), "executorch", tmp_path / "a.pte", size=(64, 96), batch=1)
+    assert done.parity.images == 1
+    assert done.parity.error < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", FAMILIES)
+def test_segmenters_of_every_family_in_coreml(backbone, tmp_path):
+    coremltools = pytest.importorskip("coremltools")
+    done = export(segmenter(backbone), "coreml", tmp_path / "a.mlpackage", size=(64, 96), batch=1)
+    spec = coremltools.utils.load_spec(str(tmp_path / "a.mlpackage"))
+    assert [tuple(entry.type.multiArrayType.shape) for entry in spec.description.input] == [(1, 3, 64, 96), (1, 2)]
+    assert [entry.name for entry in spec.description.output] == ["labels", "logits"]
     assert (done.parity is None) == (not mobile.on_macos())
