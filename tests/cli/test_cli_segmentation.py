@@ -58,6 +58,13 @@ def test_the_checkpoint_evaluates_to_the_metrics_of_the_run(run, cli):
     assert (run[0] / "validate" / "predictions.png").is_file()
 
 
+@pytest.mark.slow  # the counts of the evaluator on two ranks are in tests/tasks/metrics
+def test_two_processes_find_the_miou_of_one(run, cli, tmp_path):
+    metrics = cli.metrics_on_one_and_on_two(run[0], tmp_path)
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["val/aAcc"] > 0
+
+
 def test_predictions_are_a_data_set_again(run, cli, tmp_path):
     images, output = tmp_path / "photos", tmp_path / "found"
     images.mkdir()
