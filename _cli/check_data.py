@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -88,8 +87,9 @@ def _ignored(text: str) -> list[int]:
 
 
 def _merged(text: str) -> dict[int, int]:
-    # YAML wants a space behind the colon, and a shell would want quotes around it.
-    found = _read(re.sub(r":\s*", ": ", text))
+    from effvit._cli.parser import spaced
+
+    found = _read(spaced(text))
     if not isinstance(found, dict) or not all(isinstance(value, int) for pair in found.items() for value in pair):
         raise argparse.ArgumentTypeError(f"{text} does not say which pixel values are which class, such as {{8:7}}")
     return found

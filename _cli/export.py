@@ -230,14 +230,29 @@ def _print_result(done: Export) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    divisor = done.metadata.get("preprocessing", {}).get("pad_divisor")
-    step = (done.metadata.get("sides") or {}).get("step")
-    if step is not None and divisor is not None and divisor % step:
-        console.print(
-            f"the run pads images to multiples of {divisor} pixels and the file to multiples of {step}: where that is "
-            "more padding, its results differ slightly from the checkpoint's",
-            soft_wrap=True,
+    note = _padding(done.metadata)
+    if note:
+        console.print(note, highlight=False, soft_wrap=True)
+
+
+def _padding(metadata: Mapping[str, Any]) -> str:
+    """Where images are padded further than in the run, which shows."""
+    made = metadata.get("preprocessing", {})
+    divisor, step = made.get("pad_divisor"), (metadata.get("sides") or {}).get("step")
+    if divisor is None or made.get("resize") == "squash":
+        return ""
+    if step is None:
+        height, width = metadata["size"]
+        return (
+            f"images that do not fill {height} x {width} pixels are padded further than in the run, and their results "
+            "differ from the checkpoint's: --image_size close to the shape of yours, or any, avoids that"
         )
+    if not divisor % step:
+        return ""
+    return (
+        f"the run pads images to multiples of {divisor} pixels and the file to multiples of {step}: where that is more "
+        "padding, its results differ from the checkpoint's"
+    )
 
 
 def _sizes(metadata: Mapping[str, Any]) -> str:

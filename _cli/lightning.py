@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from effvit import __version__, datamodules
 from effvit._cli.launch import INPUT_SETTINGS, OWN_OPTIONS, Run, make_folder
-from effvit._cli.parser import Parser
+from effvit._cli.parser import Parser, spaced
 from effvit.callbacks import (
     EMA,
     ClassificationReport,
@@ -160,7 +160,7 @@ class EffvitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses without LightningCLI's warning about ``sys.argv``, from which ``args`` was made."""
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args([spaced(word) for word in args])
 
     def instantiate_classes(self) -> None:
         """Builds data, model and Trainer; an error of ours keeps its own words.

@@ -20,8 +20,22 @@ _NOISE = re.compile(
     r"Errors:|Given value type|Given value: (NestedArg|.{60})|- Expected a path but .* not accessible or invalid)"
 )
 
+# What jsonargparse calls things, and what a person does.
+_WORDS = (
+    (re.compile(r"Expected a typing\.Literal\[(.+?)\]"), r"Expected one of \1"),
+    (re.compile(r"Expected a (?:<class 'tuple'>|tuple with \d+ elements)"), r"Expected a list, such as [512,512]"),
+    (re.compile(r"<class '(\w+)'>"), r"\1"),
+)
+
+_NUMBERS_BY_NUMBER = re.compile(r"(--[\w.]+=)?\{[\d\s:,]*\}")
+
 # Where jsonargparse names a class that it could not find, the most telling first.
 _CLASS_MENTIONS = (r"Expected a dot import path string: (\S+)", r"Unable to import (\S+)", r"given class_path (\S+)")
+
+
+def spaced(word: str) -> str:
+    """``{8:7}`` as ``{8: 7}``: YAML wants the space, for which a shell would want quotes. Any other word as it is."""
+    return re.sub(r":\s*", ": ", word) if _NUMBERS_BY_NUMBER.fullmatch(word) else word
 
 
 class Parser(LightningArgumentParser):
@@ -38,7 +52,10 @@ class Parser(LightningArgumentParser):
         lines = [line.strip(" -") for line in message.splitlines() if line.strip() and not _NOISE.match(line)]
         command = self.prog.replace(" [options]", "")
         hints = [hint for hint in (self._hint(message),) if hint]
-        raise ConfigError("\n".join([*lines, *hints, f"`{command} --help` lists every option."])) from ex
+        text = "\n".join([*lines, *hints, f"`{command} --help` lists every option."])
+        for pattern, words in _WORDS:
+            text = pattern.sub(words, text)
+        raise ConfigError(text) from ex
 
     def _hint(self, message: str) -> str:
         """``Did you mean ...?`` where a name in the message is close to one that exists."""
@@ -52,7 +69,9 @@ class Parser(LightningArgumentParser):
             return did_you_mean(choice[2], re.findall(r"'([^']+)'", choice[1]))
         for pattern in _CLASS_MENTIONS:
             if name := re.search(pattern, message):
-                return did_you_mean(name[1].strip("'\""), _class_names())
+                given = name[1].strip("'\":")
+                # A class that exists has another mistake in its arguments.
+                return "" if given.rpartition(".")[2] in _class_names() else did_you_mean(given, _class_names())
         return ""
 
     def _option_strings(self) -> set[str]:

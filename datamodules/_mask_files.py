@@ -17,7 +17,7 @@ from effvit.datamodules._decode import SizeMismatchError, read_image, read_orien
 from effvit.datamodules._mask_classes import Array, Labels, MaskClasses, UnknownValueError
 from effvit.errors import DatasetError
 
-REMEDY = "restore or remove the file, or pass `--data.faults skip` to leave it out"
+REMEDY = "restore or remove the file, or train with `--data.faults skip`, which leaves it out"
 _INDEXED, _DEEP = {"1", "L", "P"}, ("I", "I;16")
 #: Pillow stretches grey values of few bits to 0 … 255 as it decodes; divided by this, they are what the file holds.
 _STRETCHED = {"L;2": 85, "L;4": 17}

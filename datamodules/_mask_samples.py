@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from effvit.datamodules._augment_ops import Pixels
 from effvit.datamodules._image_samples import Key
 from effvit.datamodules._mask_classes import Labels, UnknownValueError
-from effvit.datamodules._mask_files import MaskSource
+from effvit.datamodules._mask_files import REMEDY, MaskSource
 from effvit.datamodules.segmentation_transforms import SegmentationAugmentation, pad_both
 from effvit.errors import DatasetError
 
@@ -51,7 +51,7 @@ class _Masked(Dataset[Sample]):
                 if not self._skip or isinstance(error, UnknownValueError):
                     raise
                 if number not in self._warned:
-                    _log.warning("skipped: %s", error)
+                    _log.warning("skipped: %s", str(error).removesuffix(f"; {REMEDY}"))
                 self._warned.add(number)
         raise DatasetError(f"none of the {len(self)} images can be read together with its mask")
 

@@ -14,7 +14,7 @@ import numpy as np
 from effvit.datamodules._checks import Fault
 from effvit.datamodules._class_folders import name_some
 from effvit.datamodules._mask_classes import MaskClasses
-from effvit.datamodules._mask_files import MaskPair, decode_pair
+from effvit.datamodules._mask_files import MaskPair, decode_pair, header_faults
 from effvit.datamodules._mask_layout import ALIASES, IMAGES, MASKS
 from effvit.datamodules.ade20k import ADE20K, is_ade20k
 from effvit.datamodules.cityscapes import Cityscapes, is_cityscapes
@@ -105,7 +105,7 @@ class MaskSetReport:
         number = sum(held.num_images for held in self.contents.values())
         lines = [
             f"images with masks  {self.root} ({self.layout})",
-            f"{number} images ({splits}), {len(self.names)} classes",
+            f"{number} images ({splits}), {len(self.names)} class{'es' * (len(self.names) > 1)}",
         ]
         if self.image_sizes is not None:
             smallest, median, largest = (f"{width}x{height}" for width, height in self.image_sizes)
@@ -115,12 +115,24 @@ class MaskSetReport:
         shares = ", ".join(f"{split} {_percent(held.ignored, held.total)}" for split, held in self.contents.items())
         lines.append(f"without a label    {shares} of the pixels")
         if self.unlabelled:
-            lines.append(f"wholly without     {len(self.unlabelled)} masks: {name_some(self.unlabelled)}")
+            plural = "s" * (len(self.unlabelled) > 1)
+            lines.append(f"wholly without     {len(self.unlabelled)} mask{plural}: {name_some(self.unlabelled)}")
         lines += [
-            f"no class           pixel value {value}: {pixels:,} pixels in {masks} masks"
+            f"no class           pixel value {value}: {pixels:,} pixels in {masks} mask{'s' * (masks > 1)}"
             for value, (pixels, masks) in self.unknown.items()
         ]
-        return lines
+        return [*lines, *self._remedies()]
+
+    def _remedies(self) -> list[str]:
+        """What to do about values that are no class."""
+        values = [value for value in self.unknown if not value.startswith("#")]
+        if not values:
+            return []
+        zero = ', often {"0": "background"}' if "0" in values else ""
+        ignored, merged = f"--ignore [{','.join(values)}]", f"--merge {{{values[0]}:ID}}"
+        return [
+            f"{'':19}declare them in classes.json{zero}; leave them out, {ignored}; or count them as a class, {merged}"
+        ]
 
     def _classes(self) -> list[str]:
         width = max(map(len, self.names))
@@ -192,7 +204,11 @@ def inspect_masks(
         image_sizes=contents.sizes(),
         unlabelled=contents.unlabelled,
         unknown={value: (pixels, contents.masks[value]) for value, pixels in contents.unknown.most_common()},
-        faults=[fault for split in chosen for fault in (*listings[split].faults, *contents.faults[split])],
+        faults=[
+            fault
+            for split in chosen
+            for fault in (*listings[split].faults, *contents.faults[split], *contents.lacks(split))
+        ],
         decoded=decode_images,
     )
 
@@ -242,7 +258,7 @@ def _read(home: Path, pair: MaskPair, classes: MaskClasses) -> _Read | Fault:
     try:
         image, labels, unknown = decode_pair(home, pair, classes)
     except DatasetError as error:
-        return Fault("unusable-pair", str(error), file=pair.image)
+        return (*header_faults(home, [pair]), Fault("unreadable-file", str(error), file=pair.image))[0]
     counts = np.bincount(labels.ravel() + 1, minlength=len(classes) + 1)
     return _Read((image.shape[1], image.shape[0]), counts[1:], int(counts[0]) - sum(unknown.values()), unknown)
 
@@ -291,6 +307,17 @@ class _Contents:
         """What a split holds."""
         pixels, images = self._pixels[split]
         return SplitContents(num_images, pixels, images, self._others[split, "ignored"], self._others[split, "unknown"])
+
+    def lacks(self, split: str) -> list[Fault]:
+        """A fault of a split whose masks were read, and say nothing; those of a test set may be withheld."""
+        if (
+            split == "test"
+            or self._pixels[split].any()
+            or self._others[split, "unknown"]
+            or not self._others[split, "ignored"]
+        ):
+            return []
+        return [Fault("no-label", f"no pixel of the {split} split has a class: nothing can be learned or measured")]
 
     def sizes(self) -> tuple[tuple[int, int], ...] | None:
         """Smallest, median and largest (width, height)."""

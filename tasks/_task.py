@@ -312,6 +312,11 @@ class Task(LightningModule):
 
     def _explain_mismatch(self, odd: list[str], given: dict[str, Tensor], stored: Mapping[str, Any]) -> str:
         for name in _SHAPING:
+            if name in stored and name not in self.hparams:
+                return (
+                    f"is of another task than this {type(self).__name__.lower()} network: start from its backbone with "
+                    "--model.pretrained FILE"
+                )
             if stored.get(name) != self.hparams.get(name) and name in stored:
                 return (
                     f"is of a network with {name} {stored[name]!r}, and this one has {self.hparams.get(name)!r}: pass "

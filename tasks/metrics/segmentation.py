@@ -123,6 +123,11 @@ class SegmentationEvaluator:
         result = _evaluate(total)
         if twice and rank == 0:
             _log.warning("%d images were seen by several processes and count as often: the sampler repeats them", twice)
+        if not total.any() and any(ids for ids, _, _ in parts) and rank == 0:
+            _log.warning(
+                "no pixel of the images has a label, and without any mIoU is no number: `effvit check-data` tells what "
+                "the masks hold"
+            )
         if result.not_finite and rank == 0:
             _log.warning(
                 "the network has diverged: its logits are NaN or infinite for %d of %d labelled pixels, which count as "

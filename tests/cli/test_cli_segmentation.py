@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from effvit.datamodules import SegmentationFolder
@@ -63,6 +64,39 @@ def test_two_processes_find_the_miou_of_one(run, cli, tmp_path):
     metrics = cli.metrics_on_one_and_on_two(run[0], tmp_path)
     assert metrics[0] == metrics[1]
     assert metrics[0]["val/aAcc"] > 0
+
+
+def test_merged_values_need_no_quotes(cli):
+    words = "fit -c segmentation/finetune --data.root my_scenes --print_config --data.merge".split()
+    for text in ("{8:7,9:7}", "{8: 7, 9: 7}"):
+        done = cli.run(*words, text)
+        assert done.code == 0, done.err
+        merge = yaml.safe_load(done.out)["data"]["init_args"]["merge"]
+        assert {int(value): target for value, target in merge.items()} == {8: 7, 9: 7}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "match", "absent"),
+    [
+        ("crop_size", "128", "Expected a list, such as [512,512]. Got value: 128", "Did you mean"),
+        ("crop_size", "[128]", "Expected a list, such as [512,512]. Got value: [128]", "Did you mean"),
+        ("faults", "skp", "Expected one of 'error', 'skip'. Got value: skp\nDid you mean 'skip'?", "typing"),
+        ("flip", "much", "Expected a float. Got value: much", "class 'float'"),
+    ],
+)
+def test_a_value_of_another_sort_is_explained(cli, option, value, match, absent):
+    done = cli.run("fit", "-c", "segmentation/finetune", "--data.root", "my_scenes", f"--data.{option}", value)
+    assert done.code == 2
+    assert match in done.err
+    assert absent not in done.err
+
+
+def test_a_checkpoint_of_another_task_is_named_so(run, cli, tmp_path):
+    words = "--trainer.max_epochs 1 --data.num_train 16 --data.num_val 4 --model.pyramid_channels 16".split()
+    start = ["--model.checkpoint", run[0] / "best.ckpt"]
+    done = cli.run("fit", "-c", "detection/digits", *words, *start, "--run_dir", tmp_path / "run")
+    assert done.code == 1
+    assert "is of another task than this detection network: start from its backbone with --model.pretrained" in done.err
 
 
 def test_predictions_are_a_data_set_again(run, cli, tmp_path):

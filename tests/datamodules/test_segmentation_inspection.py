@@ -59,16 +59,27 @@ def faulty(sound):
 def test_every_fault_is_listed(faulty):
     report = inspect_masks(faulty)
     assert not report.ok
-    assert sorted(fault.kind for fault in report.faults) == ["no-image", "no-mask", "unknown-value", "unusable-pair"]
+    assert sorted(fault.kind for fault in report.faults) == ["no-image", "no-mask", "unknown-value", "wrong-size"]
     assert report.unknown == {"77": (80, 1), "66": (40, 1)}
     assert report.unlabelled == ["masks/train/003.png"]
     assert report.contents["train"].unknown == 120
     assert report.contents["train"].total == 2 * 40 * 32
     text = str(report)
-    assert "no class           pixel value 77: 80 pixels in 1 masks" in text
-    assert "wholly without     1 masks: masks/train/003.png" in text
+    assert "no class           pixel value 77: 80 pixels in 1 mask\n" in text
+    assert "leave them out, --ignore [77,66]; or count them as a class, --merge {77:ID}" in text
+    assert "wholly without     1 mask: masks/train/003.png" in text
     assert "the image has 40x32 pixels (width x height), its mask 20x32" in text
     assert "[unknown-value] file images/train/002.png: masks/train/002.png: pixel values that are no class: 66" in text
+
+
+def test_a_split_without_any_label_is_a_fault(sound, cli):
+    for path in (sound / "masks/val").iterdir():
+        mask = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), np.full_like(mask, 255))
+    report = inspect_masks(sound)
+    assert [fault.kind for fault in report.faults] == ["no-label"]
+    assert "no pixel of the val split has a class" in str(report)
+    assert inspect_masks(sound, decode_images=False).ok
 
 
 def test_without_opening_files_only_partners_are_checked(faulty):
@@ -109,7 +120,8 @@ def test_published_layouts_are_recognised(sound, tmp_path):
     report = move(
         {image: f"leftImg8bit/{city}_leftImg8bit.png", mask: f"gtFine/{city}_gtFine_labelIds.png"}, tmp_path / "city"
     )
-    assert (report.layout, report.ok, report.unlabelled) == ("Cityscapes", True, [f"gtFine/{city}_gtFine_labelIds.png"])
+    assert (report.layout, report.unlabelled) == ("Cityscapes", [f"gtFine/{city}_gtFine_labelIds.png"])
+    assert [fault.kind for fault in report.faults] == ["no-label"]  # those values are void ones of Cityscapes
     (tmp_path / "list").write_text("a\n")
     places = {image: "VOCdevkit/VOC2012/JPEGImages/a.jpg", mask: "VOCdevkit/VOC2012/SegmentationClass/a.png"}
     report = move({**places, "list": "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt"}, tmp_path / "voc")
@@ -129,7 +141,7 @@ def test_what_is_ignored_and_merged_is_said_as_in_training(sound, cli, tmp_path_
     assert report.contents["train"].pixels.tolist() == [30 * 86]
     assert report.contents["train"].ignored == 4 * 80 + 30 * 74
     done = cli.run("check-data", sound, "--ignore", "[255,3]", "--merge", "{8:1}")
-    assert (done.code, "1 classes" in done.out) == (0, True), done.err
+    assert (done.code, "1 class\n" in done.out) == (0, True), done.err
     for words, match in (
         (["--ignore", "255"], "no list of pixel values, such as [0,255]"),
         (["--merge", "[8]"], "which pixel values are which class, such as {8:7}"),

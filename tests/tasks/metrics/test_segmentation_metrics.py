@@ -144,10 +144,14 @@ def test_pixels_without_a_finite_number_are_wrong_and_reported(caplog):
     assert "NaN or infinite for 1 of 3 labelled pixels" in caplog.text
 
 
-def test_without_a_labelled_pixel_every_number_is_nan():
-    found = evaluate([1], [torch.zeros(4, 4)], [torch.full((4, 4), -1)])
+def test_without_a_labelled_pixel_every_number_is_nan_and_a_warning_says_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        found = evaluate([1], [torch.zeros(4, 4)], [torch.full((4, 4), -1)])
     assert all(np.isnan(value) for value in found.metrics.values())
+    assert "no pixel of the images has a label" in caplog.text
+    caplog.clear()
     assert all(np.isnan(value) for value in SegmentationEvaluator(2).compute().metrics.values())
+    assert not caplog.text
 
 
 def test_after_a_reset_nothing_is_left():
