@@ -60,6 +60,7 @@ def predict(words: Sequence[str]) -> int:
         )
     if own.model is not None:
         return _predict_exported(own, rest)
+    _refuse_exported(own.checkpoint)
     path, checkpoint = open_run(own.checkpoint, "predict")
     output = Path(own.output) if own.output else path.parent / "predictions"
     config = yaml.safe_load(stored_config(checkpoint, path, "predict"))
@@ -72,6 +73,13 @@ def predict(words: Sequence[str]) -> int:
         status = start(run)
     print(f"{writer.summary()}: {output}")
     return status
+
+
+def _refuse_exported(checkpoint: str) -> None:
+    from effvit.deploy.formats import FORMATS
+
+    if Path(checkpoint).suffix in {entry.suffix for entry in FORMATS.values()}:
+        raise ConfigError(f"{checkpoint} is an exported file, not a checkpoint: pass --model {checkpoint}")
 
 
 def _predict_exported(own: argparse.Namespace, rest: list[str]) -> int:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effvit.datamodules._class_folders import name_some
 from effvit.datamodules._mask_classes import MaskClasses
 from effvit.datamodules._mask_layout import CLASSES, Listing, find_folders, pair_up, read_classes, split_pairs
 from effvit.datamodules.segmentation import Faults, MaskFilesData, Resize, Unknown
 from effvit.errors import ConfigError, DatasetError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
@@ -172,6 +176,18 @@ def folder_classes(root: Any, ignore: list[int] | None, merge: dict[int, int] | 
     if ignore is None:
         ignore = [_VOID] if _VOID not in {*names, *(merge or {})} else []
     try:
-        return MaskClasses(names, ignored={*nameless, *ignore}, merge=merge, colours=colours)
+        classes = MaskClasses(names, ignored={*nameless, *ignore}, merge=merge, colours=colours)
     except DatasetError as error:
         raise DatasetError(f"{path}: {error}") from error
+    _check_names(path, classes.categories.to_dict())
+    return classes
+
+
+def _check_names(path: Path, names: Mapping[int, str]) -> None:
+    first: dict[str, int] = {}
+    for key, name in names.items():
+        if first.setdefault(name, key) != key:
+            raise DatasetError(
+                f"{path}: the classes {first[name]} and {key} are both called {name!r}: rename one, or count it as "
+                f"the other with --data.merge {{{key}:{first[name]}}}"
+            )

@@ -68,7 +68,6 @@ def _register_bicubic() -> None:
     from coremltools.converters.mil import Builder, register_torch_op
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
-    @register_torch_op(torch_alias=["upsample_bicubic2d.vec"], override=True)
     def upsample_bicubic2d(context: Any, node: Any) -> None:
         table, size, align_corners = (entry.val for entry in _get_inputs(context, node)[:3])
         if table is None:
@@ -77,6 +76,8 @@ def _register_bicubic() -> None:
             torch.from_numpy(table), size=tuple(size), mode="bicubic", align_corners=bool(align_corners)
         )
         context.add(Builder.const(val=resized.numpy(), name=node.name))
+
+    register_torch_op(torch_alias=["upsample_bicubic2d.vec"], override=True)(upsample_bicubic2d)
 
 
 def attach_coreml(path: Path, text: str) -> None:

@@ -121,6 +121,13 @@ def test_each_task_gets_its_data_as_it_was_validated(monkeypatch, tmp_path, caps
     assert "0 images" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["best.onnx", "best.xml", "best.pte"])
+def test_an_exported_file_given_as_a_checkpoint(cli, tmp_path, name):
+    done = cli.run("predict", "--checkpoint", tmp_path / name, "--images", tmp_path)
+    assert done.code == 2
+    assert f"pass --model {tmp_path / name}" in done.err
+
+
 def test_a_checkpoint_given_as_an_exported_file(cli, tmp_path):
     done = cli.run("predict", "--model", tmp_path / "best.ckpt", "--images", tmp_path)
     assert done.code == 2

@@ -181,6 +181,13 @@ def test_merged_values(mask_root):
         folder(mask_root, merge={3: 2}).setup("fit")
 
 
+def test_two_classes_of_one_name(mask_root):
+    (mask_root / "classes.json").write_text('{"1": "left", "3": "left"}')
+    with pytest.raises(DatasetError, match=r"classes 1 and 3 are both called 'left': rename .* --data.merge \{3:1\}"):
+        folder(mask_root).categories  # noqa: B018
+    assert folder(mask_root, merge={3: 1}).categories == {1: "left"}
+
+
 def test_unknown_values(mask_root):
     with pytest.raises(DatasetError, match=r"masks/val/000.png has pixel values that are no class: 255 \(80 px\)"):
         next(iter(folder(mask_root, ignore=[]).val_dataloader()))
