@@ -108,7 +108,8 @@ def class_table(per_class: Sequence[tuple[str, Sequence[float]]], measures: Sequ
         measures: Names of the values.
     """
     cells = [_cells(name, values) for name, values in per_class]
-    heads = ["class"] * (1 if len(cells) <= 20 else 3)
+    side_by_side = 3 if len(measures) == 1 else 2  # in 80 characters names have sixteen or more
+    heads = ["class"] * (1 if len(cells) <= 20 else side_by_side)
     if len(cells) > _MOST_CLASSES:
         known = [item for item in per_class if item[1][0] >= 0]  # NaN is left out too
         ranked = [_cells(name, values) for name, values in sorted(known, key=lambda item: item[1][0])]
