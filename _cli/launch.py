@@ -190,7 +190,8 @@ def stored_config(checkpoint: dict[str, Any], path: Path, verb: str) -> str:
     # machine. What they decided about the network (as many heads as they had, say) stays.
     options, stored = config["model"]["init_args"], checkpoint.get("hyper_parameters", {})
     options |= {"pretrained": False, "checkpoint": None}
-    options |= {name: stored[name] for name in ("distilled", "backbone_options", "mmdet_config") if name in stored}
+    decided = ("distilled", "backbone_options", "mmdet_config", "output_stride", "rates", "align_corners")
+    options |= {name: stored[name] for name in decided if name in stored}
     if verb != "fit":
         config["trainer"] = {name: value for name, value in config["trainer"].items() if name not in _TRAINING_ONLY}
     return str(yaml.safe_dump(config))

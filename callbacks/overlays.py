@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from effvit.callbacks._canvas import GREY, INK, PAPER, Colour, cut, fit, scaled, text_font, to_picture
 from effvit.callbacks._palette import class_colour
+from effvit.categories import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +27,6 @@ _SEARCHED = 800  # pixels a side of a picture in which the place for a name is l
 _HATCH = 8  # pixels from stripe to stripe
 _STRIPES: tuple[Colour, Colour] = ((70, 73, 78), (150, 153, 158))
 _NEUTRAL: Colour = (214, 216, 220)
-_IGNORED = -1
 
 
 class _Entry(NamedTuple):
@@ -112,7 +112,7 @@ def draw_segmentation_pair(
     for number, panel in enumerate(panels):
         strip.paste(panel, (number * (size[0] + _GAP), 0))
     legend = _draw_legend(_pair_entries(_shares(real), _shares(found), names), width)
-    labelled = real != _IGNORED
+    labelled = real != IGNORED
     right = f", {100 * (real == found)[labelled].mean():.0f} % right" if labelled.any() else ""
     titles = (title or "image", "ground truth", f"prediction{right}")
     return _stacked([_heading(titles, size[0]), strip, legend])
@@ -131,7 +131,7 @@ def _heading(titles: Sequence[str], width: int) -> Image.Image:
 def _pair_entries(truth: dict[int, float], prediction: dict[int, float], names: Sequence[str]) -> list[_Entry]:
     """Classes by their larger share, and what the numbers are."""
     larger = {label: max(truth.get(label, 0.0), prediction.get(label, 0.0)) for label in {**truth, **prediction}}
-    order = sorted(larger, key=lambda label: (label == _IGNORED, -larger[label], label))
+    order = sorted(larger, key=lambda label: (label == IGNORED, -larger[label], label))
     entries = []
     for label in order:
         shares = " / ".join(_percent(found.get(label, 0.0)) for found in (truth, prediction))
@@ -148,21 +148,21 @@ def _to_labels(mask: Tensor) -> np.ndarray:
 
 
 def _name(label: int, names: Sequence[str]) -> str:
-    if label == _IGNORED:
+    if label == IGNORED:
         return "no label"
     return names[label] if 0 <= label < len(names) else f"class {label}"
 
 
 def _colour(label: int, names: Sequence[str]) -> Colour:
     """What is no class of things is neutral: it would colour most of a picture."""
-    return _NEUTRAL if label == _IGNORED or _name(label, names) == "background" else class_colour(label)
+    return _NEUTRAL if label == IGNORED or _name(label, names) == "background" else class_colour(label)
 
 
 def _shares(labels: np.ndarray) -> dict[int, float]:
     """Share of the pixels of each label, largest first, those without label last."""
     values, counts = np.unique(labels, return_counts=True)
     shares = dict(zip(values.tolist(), (counts / labels.size).tolist(), strict=True))
-    return dict(sorted(shares.items(), key=lambda item: (item[0] == _IGNORED, -item[1], item[0])))
+    return dict(sorted(shares.items(), key=lambda item: (item[0] == IGNORED, -item[1], item[0])))
 
 
 def _percent(share: float) -> str:
@@ -186,7 +186,7 @@ def _overlay(
     present = np.unique(shown).tolist()
     table = np.array([_colour(label, names) for label in present], np.float32)
     mixed = (1 - _OPACITY) * grey + _OPACITY * table[np.searchsorted(present, shown)]
-    _hatch(mixed, shown == _IGNORED)
+    _hatch(mixed, shown == IGNORED)
     line = max(1, round(max(size) / 500))
     _part(mixed, shown, line)
     picture = Image.fromarray(mixed.round().astype(np.uint8))
@@ -274,7 +274,7 @@ def _draw_legend(entries: Sequence[_Entry], width: int) -> Image.Image:
 
 
 def _entry(label: int, names: Sequence[str], value: str) -> _Entry:
-    return _Entry(_colour(label, names), _name(label, names), value, label == _IGNORED)
+    return _Entry(_colour(label, names), _name(label, names), value, label == IGNORED)
 
 
 def _swatch(colour: Colour, side: int, *, hatched: bool) -> Image.Image:

@@ -39,8 +39,8 @@ class SegmentationReport(Callback):
     ``predictions.png`` is written after every validation, the others at most every 20 s, and at the end of the run;
     also by ``validate`` and ``test``. The callback needs a task whose ``validation_step`` and ``test_step`` return
     ``{"masks": [...]}`` (label maps ``(h, w)`` of the size of the targets' ``mask``) for a batch ``(images uint8 (B, 3,
-    H, W), targets)``, whose ``result`` has ``confusion``, ``per_class`` and ``accuracy_per_class``, and which has
-    ``categories``; it does nothing for any other task.
+    H, W), targets)``, whose ``result`` has ``confusion``, ``pixels``, ``per_class`` and ``accuracy_per_class``, and
+    which has ``categories``; it does nothing for any other task.
 
     Args:
         images: Images in ``predictions.png``; 0 for no picture.
@@ -162,7 +162,7 @@ class SegmentationReport(Callback):
 
 
 def _write_classes(path: Path, result: Any, categories: Categories) -> None:
-    pixels = result.confusion.sum(1).tolist()
+    pixels = result.pixels.tolist()
     total = max(sum(pixels), 1)
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

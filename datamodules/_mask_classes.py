@@ -97,7 +97,8 @@ class MaskClasses:
             known = name_some([f"{hex_colour(colour)}" for colour in self.colours.values()])
             return f"pixels of colours that are no class: {found}; declared colours: {known}"
         known = _ranges(np.flatnonzero(self._table != _UNKNOWN).tolist())
-        return f"pixel values that are no class: {found}; known values: {known}"
+        text = f"pixel values that are no class: {found}; known values: {known}"
+        return text + " (255 has no label only where no other ignored value is named)" * ("255" in unknown)
 
     def _colour_table(self) -> tuple[Array, Labels]:
         """Codes of the declared colours, ascending, and their labels."""

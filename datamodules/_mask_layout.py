@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,17 +91,18 @@ def pair_up(root: Path, folders: Folders) -> Listing:
     Raises:
         DatasetError: There is no image, or no mask at all.
     """
-    (images, twice), (masks, _) = (_by_stem(root, folder) for folder in folders)
+    images, twice = _by_stem(root, folders.images, image_endings())
     if not images:
         raise DatasetError(f"{folders.images} holds no image")
-    found = {stem: name for stem, name in masks.items() if name.lower().endswith(_MASK_ENDING)}
+    found, _ = _by_stem(root, folders.masks, {_MASK_ENDING})
     if not set(images) & set(found):
         example = next(iter(images.values()))
+        others, _ = images_below(root, folders.masks, image_endings())
         raise DatasetError(
             f"no image in {folders.images} has a mask in {folders.masks}: a mask has the name of its image and the "
             f"ending .png, such as {Path(example).stem}.png for {example}. There is: "
-            f"{name_some(sorted(masks.values()), 3) or 'nothing'}"
-            + (". Masks are never JPEG, which changes pixel values" if _has_jpeg(masks) else "")
+            f"{name_some(sorted(others), 3) or 'nothing'}"
+            + (". Masks are never JPEG, which changes pixel values" if _has_jpeg(others) else "")
         )
     pairs = [MaskPair(name, found[stem]) for stem, name in images.items() if stem in found]
     faults = [Fault("same-name", f"{images[stem]} has the same mask by its name", file=name) for name, stem in twice]
@@ -146,13 +147,13 @@ def existing_pairs(root: Path, pairs: Sequence[MaskPair]) -> Listing:
     return Listing(found, faults)
 
 
-def _by_stem(root: Path, folder: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Files below a folder, relative to the root, by their path in the folder without its ending, in order.
+def _by_stem(root: Path, folder: Path, endings: Collection[str]) -> tuple[dict[str, str], list[tuple[str, str]]]:
+    """Files below a folder with one of some endings, relative to the root, by their path in it without that, in order.
 
     Returns:
         The files; and those, with that path, of which another has the same.
     """
-    names, _ = images_below(root, folder, image_endings())
+    names, _ = images_below(root, folder, endings)
     inside = folder.relative_to(root).as_posix() + "/"
     found: dict[str, str] = {}
     twice: list[tuple[str, str]] = []
@@ -163,8 +164,8 @@ def _by_stem(root: Path, folder: Path) -> tuple[dict[str, str], list[tuple[str, 
     return found, twice
 
 
-def _has_jpeg(masks: Mapping[str, str]) -> bool:
-    return any(name.lower().endswith((".jpg", ".jpeg")) for name in masks.values())
+def _has_jpeg(names: Sequence[str]) -> bool:
+    return any(name.lower().endswith((".jpg", ".jpeg")) for name in names)
 
 
 def split_pairs(pairs: list[MaskPair], share: float, seed: int, where: Path) -> tuple[list[MaskPair], list[MaskPair]]:
@@ -228,6 +229,8 @@ def _number(key: str) -> int | str:
 def _check_entry(path: Path, entry: Any, names: Mapping[int, str]) -> None:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise DatasetError(f"{path}: each class needs 'id' and 'name', as {_FORMAT}; found {shorten(entry)}")
+    if len(f"{entry['name']}.".splitlines()) > 1:
+        raise DatasetError(f"{path}: the name of a class is one line; found {entry['name']!r}")
     number = entry.get("id")
     if isinstance(number, bool) or not isinstance(number, int):
         raise DatasetError(f"{path}: the id of a class is its pixel value, an integer; found {shorten(entry)}")

@@ -35,7 +35,7 @@ class Cityscapes(MaskFilesData):
 
     Args:
         root: Folder with ``leftImg8bit/`` and ``gtFine/``.
-        masks: Which of the mask files to read: "labelIds", or "labelTrainIds" (category ids are then 0 to 18).
+        mask_kind: Which of the mask files to read: "labelIds", or "labelTrainIds" (category ids are then 0 to 18).
         batch_size: Training images in a batch, per process.
         val_batch_size: Images in a batch of evaluation.
         num_workers: Processes that load images; 0 loads in the training process.
@@ -61,7 +61,7 @@ class Cityscapes(MaskFilesData):
         self,
         root: str,
         *,
-        masks: Literal["labelIds", "labelTrainIds"] = "labelIds",
+        mask_kind: Literal["labelIds", "labelTrainIds"] = "labelIds",
         batch_size: int = 8,
         val_batch_size: int = 1,
         num_workers: int = 4,
@@ -96,11 +96,11 @@ class Cityscapes(MaskFilesData):
             unknown=unknown,
             seed=seed,
         )
-        check_choice("masks", masks, ("labelIds", "labelTrainIds"))
-        self.masks = masks
+        check_choice("mask_kind", mask_kind, ("labelIds", "labelTrainIds"))
+        self.mask_kind = mask_kind
 
     def _declare(self) -> MaskClasses:
-        if self.masks == "labelTrainIds":
+        if self.mask_kind == "labelTrainIds":
             return MaskClasses(dict(enumerate(CATEGORIES.values())), ignored={_VOID})
         return MaskClasses(CATEGORIES, ignored={*_IDS, _VOID} - set(CATEGORIES))
 
@@ -125,7 +125,7 @@ class Cityscapes(MaskFilesData):
         pairs = []
         for image in images:
             name = image.name.removesuffix(ending)
-            mask = f"{_MASKS}/{split}/{image.parent.name}/{name}_{_MASKS}_{self.masks}.png"
+            mask = f"{_MASKS}/{split}/{image.parent.name}/{name}_{_MASKS}_{self.mask_kind}.png"
             pairs.append(MaskPair(image.relative_to(self.root).as_posix(), mask))
         return existing_pairs(self.root, pairs)
 

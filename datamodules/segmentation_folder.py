@@ -35,8 +35,9 @@ class SegmentationFolder(MaskFilesData):
     pixel value of a mask, of 8 or 16 bits. Of a PNG with a palette the indices are the values. Where classes have a
     ``color`` [red, green, blue], masks may hold these colours instead.
 
-    Pixels of the value 255 have no label (unless that is a class), nor have those of classes named "unlabeled", "void"
-    or "ignore": such names are no classes. Labels follow the ascending ids of the others.
+    Pixels of the value 255 have no label (unless that is a class, or ``ignore`` names other values), nor have those of
+    classes named "unlabeled", "void" or "ignore": such names are no classes. Labels follow the ascending ids of the
+    others.
 
     Batches, order and augmentation are as in ``SegmentationData``.
 

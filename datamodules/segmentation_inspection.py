@@ -208,7 +208,8 @@ def inspect_masks(
             fault
             for split in chosen
             for fault in (*listings[split].faults, *contents.faults[split], *contents.lacks(split))
-        ],
+        ]
+        + _too_few(data.classes),
         decoded=decode_images,
     )
 
@@ -234,6 +235,12 @@ def _find_published(root: Path) -> MaskFilesData | None:
     if voc_folder(root) is not None:
         return PascalVOC(str(root))
     return Cityscapes(str(root)) if is_cityscapes(root) else None
+
+
+def _too_few(classes: MaskClasses) -> list[Fault]:
+    if len(classes) > 1:
+        return []
+    return [Fault("one-class", "the only class is what every pixel would be: declare what it is to be told from")]
 
 
 def _choose(data: MaskFilesData, splits: Collection[str] | None) -> list[str]:

@@ -44,6 +44,10 @@ _SHAPING = (
 )
 
 
+#: Those of them and others that change what the same weights compute.
+_MEANING = ("backbone_options", "output_stride", "rates", "align_corners")
+
+
 class Result(Protocol):
     """What an evaluator found."""
 
@@ -287,8 +291,15 @@ class Task(LightningModule):
             CheckpointError: As `load_weights`, or the classes have other names.
         """
         content = read_run(path)
-        self.load_weights(content["state_dict"], path, content["hyper_parameters"])
-        classes = content["hyper_parameters"].get("categories")
+        stored = content["hyper_parameters"]
+        self.load_weights(content["state_dict"], path, stored)
+        for name in _MEANING:
+            if (stored.get(name) or None) != (self.hparams.get(name) or None):
+                _log.warning(
+                    "%s was trained with %s %s, and this network has %s: its weights mean something else here",
+                    path, name, stored.get(name), self.hparams.get(name),
+                )  # fmt: skip
+        classes = stored.get("categories")
         if classes is not None and Categories(classes) != self.categories:
             raise CheckpointError(
                 f"{path} was trained on other classes, {_brief(Categories(classes).names)}; the data has "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any, ClassVar, Literal
+import math
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.optim import AdamW
 
 from effvit.backbones import Backbone
 from effvit.errors import ConfigError
-from effvit.tasks._checkpoint import read_published
+from effvit.tasks._checkpoint import read_published, read_run
 from effvit.tasks._distributed import share_buffers
 from effvit.tasks._task import (
     NORMS,
@@ -34,6 +35,8 @@ _log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, list[dict[str, Any]]]
 
+GivenT = TypeVar("GivenT")
+
 _BACKBONE = "segmenter.backbone."
 
 
@@ -46,7 +49,8 @@ class Segmentation(Task):
     Args:
         backbone: Name of the backbone; ``effvit backbones`` lists them.
         categories: Class name by category id. The command line takes it from the data.
-        backbone_options: Options of its family by name, such as ``{keep_ratio: 0.5}`` for DynamicViT.
+        backbone_options: Options of its family by name, such as ``{keep_ratio: 0.5}`` for DynamicViT; those that are
+            not named are as the weights of ``checkpoint`` were trained with.
         gradient_checkpointing: Compute the backbone's activations again in the backward pass instead of keeping them.
         head: ``semantic_fpn`` (arXiv 1901.02446) or ``deeplabv3`` (arXiv 1706.05587).
         pretrained: Weights of the backbone: ``true`` for the published file, or the path of a file.
@@ -54,8 +58,10 @@ class Segmentation(Task):
             mmsegmentation or ml-cvnets, such as those published for EfficientFormer and MobileViT.
         pyramid_channels: Channels of every pyramid level.
         head_channels: Channels of the head; ``null`` for the published 128 of Semantic FPN and 256 of DeepLabv3.
-        output_stride: Stride of the map that DeepLabv3 reads: 8, 16 or 32; ``null`` for 16.
-        rates: Dilations of DeepLabv3's three convolutions; ``null`` for those of its paper, 6, 12 and 18 (stride 16).
+        output_stride: Stride of the map that DeepLabv3 reads: 8, 16 or 32; ``null`` as the run of ``checkpoint``,
+            otherwise 16.
+        rates: Dilations of DeepLabv3's three convolutions; ``null`` as the run of ``checkpoint``, otherwise those of
+            its paper, 6, 12 and 18 (stride 16).
         dropout: Share of the channels that are dropped before the classifier, in ``[0, 1)``.
         align_corners: How logits are enlarged to pixels, see ``torch.nn.functional.interpolate``; ``null`` as the
             weights of ``checkpoint`` were trained, otherwise false.
@@ -137,6 +143,13 @@ class Segmentation(Task):
             lr_batch_size=lr_batch_size,
         )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        published = read_published(checkpoint, is_published)
+        run = {} if checkpoint is None or published is not None else read_run(checkpoint)["hyper_parameters"]
+        if (run.get("head"), run.get("backbone")) == (head, backbone):  # other weights do not fit, as loading them says
+            backbone_options = {**(run.get("backbone_options") or {}), **(backbone_options or {})} or None
+            output_stride = _given(output_stride, run.get("output_stride"))
+            rates, align_corners = _given(rates, run.get("rates")), _given(align_corners, run.get("align_corners"))
+            self.hparams.update(backbone_options=backbone_options, output_stride=output_stride, rates=rates)
         self.norm_eval = norm_eval
         self.head_lr_scale = _positive("head_lr_scale", head_lr_scale)
         self.decay_all = decay_all
@@ -151,7 +164,6 @@ class Segmentation(Task):
         )
         for name in unread_settings(head, settings):
             _log.warning("the head %s does not read %s", head, name)
-        published = read_published(checkpoint, is_published)
         if published is not None:
             # As the network was of which these weights are; a checkpoint of this run is rebuilt without their file.
             backbone_options = {**backbone_options_in(published, backbone), **(backbone_options or {})}
@@ -159,7 +171,12 @@ class Segmentation(Task):
             _log.info("backbone options with those of the weights: %s", json.dumps(backbone_options, sort_keys=True))
         num_classes = len(self.categories)
         self.segmenter = make_segmenter(
-            head, backbone, num_classes, settings, pretrained=pretrained, backbone_options=backbone_options
+            head,
+            backbone,
+            num_classes,
+            settings,
+            pretrained=pretrained,
+            backbone_options=backbone_options,
         )
         self.backbone.set_grad_checkpointing(gradient_checkpointing)
         self.mean, self.std = self.backbone.input_spec.mean, self.backbone.input_spec.std
@@ -207,6 +224,11 @@ class Segmentation(Task):
         """Starts training mode, and refuses a batch that cannot be trained on."""
         super().on_fit_start()
         self._check_batch(getattr(self.trainer.datamodule, "batch_size", 0))  # type: ignore[attr-defined]
+        if len(self.categories) == 1:
+            raise ConfigError(
+                f"the only class is {self.categories.names[0]!r}, and every pixel would be it: declare what it is to "
+                'be told from as another one, such as {"0": "background"}'
+            )
         started = self.hparams["pretrained"] or self.hparams["checkpoint"] or self.trainer.ckpt_path
         if self.norm_eval and not started and any(isinstance(module, NORMS) for module in self.backbone.modules()):
             _log.warning(
@@ -215,8 +237,9 @@ class Segmentation(Task):
             )
 
     def _check_batch(self, images: int) -> None:
-        """BatchNorm after global pooling sees one value a channel and image."""
-        if images == 1 and self.hparams["head"] == "deeplabv3":
+        """BatchNorm after global pooling sees one value a channel and image, unless it counts all processes."""
+        synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in self.segmenter.modules())
+        if images == 1 and self.hparams["head"] == "deeplabv3" and not synchronised:
             raise ConfigError(
                 "a batch of 1 leaves BatchNorm behind the pooling of deeplabv3 nothing to take statistics of: set "
                 "--data.batch_size to 2 or more (and --trainer.accumulate_grad_batches for less memory), or train "
@@ -235,7 +258,7 @@ class Segmentation(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002 - Lightning's signature
         """Sum of the losses over one batch."""
         images, _ = self.prepare(batch)
-        self._check_batch(len(images))
+        self._check_batch(len(images))  # the last batch of an epoch may be smaller
         masks = torch.stack([target["mask"] for target in batch[1]])
         losses = self.criterion(self.segmenter(images), masks)
         total = torch.stack(list(losses.values())).sum()
@@ -301,7 +324,11 @@ class Segmentation(Task):
         return prefixes, int(shapes[0][0]) if shapes else None
 
 
+def _given(value: GivenT | None, otherwise: GivenT | None) -> GivenT | None:
+    return otherwise if value is None else value
+
+
 def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise ConfigError(f"{name} must be positive, not {value}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{name} must be positive and finite, not {value}")
     return value

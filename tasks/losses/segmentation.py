@@ -102,7 +102,8 @@ def hard_pixels(losses: Tensor, labelled: Tensor, threshold: float, kept: int) -
         losses: Cross-entropies without class weights ``(B, H, W)``.
         labelled: Which pixels have a label, bool, likewise.
         threshold: Pixels whose true class has a probability below this are hard, in ``(0, 1]``.
-        kept: The hardest so many pixels of the whole batch are taken whatever their probability.
+        kept: The hardest so many pixels of the whole batch are taken whatever their probability, but for those as hard
+            as the next one; of a batch with no more labelled pixels, all but the easiest.
 
     Returns:
         bool ``(B, H, W)``.

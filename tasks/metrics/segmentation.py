@@ -29,6 +29,7 @@ class SegmentationResult:
         per_class: IoU by label; NaN for a class that occurs nowhere.
         accuracy_per_class: Share of a class's pixels that were found, by label; NaN for a class without pixels.
         confusion: ``(K, K)`` int64, pixels by true class (row) and chosen class (column).
+        pixels: ``(K,)`` int64, labelled pixels of each class.
         not_finite: Labelled pixels for which the network gave no finite number. They count as wrong, and are in no
             column of `confusion`.
     """
@@ -37,6 +38,7 @@ class SegmentationResult:
     per_class: dict[int, float]
     accuracy_per_class: dict[int, float]
     confusion: Tensor
+    pixels: Tensor
     not_finite: int = 0
 
 
@@ -172,5 +174,6 @@ def _evaluate(counts: Tensor) -> SegmentationResult:
         dict(enumerate(iou.tolist())),
         dict(enumerate(accuracy.tolist())),
         confusion,
+        counts.sum(1),
         int(counts[:, -1].sum()),
     )

@@ -33,12 +33,14 @@ class _Part(NamedTuple):
         top: Position of the window, in pixels.
         left: Likewise.
         size: Height and width of the window, in pixels.
-        logits: ``(K, h, w)``, coarser than the window.
+        padded: The same with the padding that the network has seen.
+        logits: ``(K, h, w)``, coarser than the window, of all of it.
     """
 
     top: int
     left: int
     size: Size
+    padded: Size
     logits: Tensor
 
 
@@ -73,7 +75,7 @@ class _View:
         """
         height, width = self.size
         if len(self.parts) == 1:
-            pixels = self._enlarge(self.parts[0].logits[classes], self.parts[0].size)[:, :height, :width]
+            pixels = self._enlarge(self.parts[0].logits[classes], self.parts[0].padded)[:, :height, :width]
         else:
             pixels = self._mean(classes)
         if self.mirrored:
@@ -84,9 +86,9 @@ class _View:
         some = self.parts[0].logits[classes]
         total = torch.zeros(len(some), *self.size, dtype=torch.float32, device=some.device)
         count = torch.zeros(self.size, dtype=torch.float32, device=some.device)
-        for top, left, (height, width), logits in self.parts:
+        for top, left, (height, width), padded, logits in self.parts:
             rows, columns = slice(top, top + height), slice(left, left + width)
-            total[:, rows, columns] += self._enlarge(logits[classes], (height, width))
+            total[:, rows, columns] += self._enlarge(logits[classes], padded)[:, :height, :width]
             count[rows, columns] += 1
         return total.div_(count)
 
@@ -176,14 +178,17 @@ class Inference:
         """Logits of each image, in one window or in many."""
         if self.mode == "whole":
             padded = (images.shape[-2], images.shape[-1])
-            return [[_Part(0, 0, padded, logits)] for logits in network(images)]
+            return [[_Part(0, 0, padded, padded, logits)] for logits in network(images)]
         found = []
         for image, (height, width) in zip(images, sizes, strict=True):
             parts = []
             for top, left in self.windows((height, width)):
                 size = (min(self.window[0], height), min(self.window[1], width))
                 crop = image[:, top : top + size[0], left : left + size[1]].unsqueeze(0)
-                parts.append(_Part(top, left, size, network(crop)[0]))
+                height_padded, width_padded = padded = _padded(size)
+                # Cells of a map are as far apart as the network's stride: without padding they would be squeezed.
+                crop = F.pad(crop, (0, width_padded - size[1], 0, height_padded - size[0]))
+                parts.append(_Part(top, left, size, padded, network(crop)[0]))
             found.append(parts)
         return found
 
@@ -196,10 +201,14 @@ class Inference:
         return [(top, left) for top in tops for left in lefts]
 
 
+def _padded(size: Size) -> Size:
+    return -(-size[0] // _DIVISOR) * _DIVISOR, -(-size[1] // _DIVISOR) * _DIVISOR
+
+
 def _rescaled(images: Tensor, sizes: Sequence[Size], scale: float) -> tuple[Tensor, list[Size]]:
     """Each image resized without its padding, then padded anew to a multiple of 32."""
     scaled_sizes = [(max(1, round(height * scale)), max(1, round(width * scale))) for height, width in sizes]
-    padded = [-(-max(sides) // _DIVISOR) * _DIVISOR for sides in zip(*scaled_sizes, strict=True)]
+    padded = _padded((max(height for height, _ in scaled_sizes), max(width for _, width in scaled_sizes)))
     scaled = images.new_zeros(*images.shape[:2], *padded).contiguous(memory_format=_format_of(images))
     for image, (height, width), new, size in zip(images, sizes, scaled, scaled_sizes, strict=True):
         valid = image[None, :, :height, :width]
@@ -233,7 +242,9 @@ def label_logits(
         align_corners: How logits are enlarged, see ``torch.nn.functional.interpolate``.
     """
     return [
-        best_labels([_View(size, [_Part(0, 0, padded, own)], mirrored=False, align_corners=align_corners)], original)
+        best_labels(
+            [_View(size, [_Part(0, 0, padded, padded, own)], mirrored=False, align_corners=align_corners)], original
+        )
         for own, size, original in zip(logits, sizes, original_sizes, strict=True)
     ]
 

@@ -71,13 +71,13 @@ def make_segmenter(
     """
     check_head(head)
     options = dict(backbone_options or {})
-    channels = settings.head_channels or _HEAD_CHANNELS[head]
+    channels = _HEAD_CHANNELS[head] if settings.head_channels is None else settings.head_channels
     if head == "semantic_fpn":
         backbone = create_backbone(backbone_name, pretrained=pretrained, **options)
         return SemanticFPN(
             backbone, num_classes, settings.pyramid_channels, channels, settings.dropout, settings.auxiliary
         )
-    stride = settings.output_stride or _OUTPUT_STRIDE
+    stride = _OUTPUT_STRIDE if settings.output_stride is None else settings.output_stride
     check_output_stride(stride)
     return DeepLabV3(
         _with_stride(backbone_name, pretrained, options, stride),

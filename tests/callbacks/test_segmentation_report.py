@@ -36,6 +36,7 @@ def _result() -> SimpleNamespace:
         per_class={0: 0.5, 1: 0.7, 2: math.nan},
         accuracy_per_class={0: 0.5, 1: 1.0, 2: math.nan},
         confusion=torch.tensor([[500, 500, 0], [0, 1000, 0], [0, 0, 0]]),
+        pixels=torch.tensor([1000, 1000, 0]),
     )
 
 

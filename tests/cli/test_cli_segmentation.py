@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+from effvit._cli.launch import stored_config
 from effvit.datamodules import SegmentationFolder
 
 TINY = (
@@ -64,6 +66,16 @@ def test_two_processes_find_the_miou_of_one(run, cli, tmp_path):
     metrics = cli.metrics_on_one_and_on_two(run[0], tmp_path)
     assert metrics[0] == metrics[1]
     assert metrics[0]["val/aAcc"] > 0
+
+
+def test_what_the_first_weights_told_stays_with_the_run():
+    """A published file, or another run, decides on settings that `test --checkpoint` has to find again without it."""
+    given = {"checkpoint": "voc.pt", "align_corners": None, "rates": None, "output_stride": None}
+    config = {"model": {"class_path": "effvit.tasks.Segmentation", "init_args": given}, "trainer": {}}
+    told = {"align_corners": True, "rates": [1, 2, 3], "output_stride": 8, "backbone_options": {"dropout": 0.1}}
+    checkpoint = {"effvit": {"config": yaml.safe_dump(config)}, "hyper_parameters": told}
+    options = yaml.safe_load(stored_config(checkpoint, Path("a.ckpt"), "test"))["model"]["init_args"]
+    assert options == {**told, "checkpoint": None, "pretrained": False}
 
 
 def test_merged_values_need_no_quotes(cli):

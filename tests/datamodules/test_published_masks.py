@@ -154,7 +154,7 @@ def test_cityscapes_labels_are_the_train_ids(city_root):
     assert (data.categories[7], data.categories[33]) == ("road", "bicycle")
     data.setup("fit")
     assert data.num_train_images == 2
-    ready = Cityscapes(str(city_root), masks="labelTrainIds", **TINY)
+    ready = Cityscapes(str(city_root), mask_kind="labelTrainIds", **TINY)
     assert (evaluated(ready)[1][0] == np.where(ramp(0, 20) == 19, -1, ramp(0, 20))).all()
     assert list(ready.categories.values()) == list(data.categories.values())
 
@@ -163,7 +163,7 @@ def test_cityscapes_that_is_not_there(city_root, tmp_path):
     with pytest.raises(DatasetError, match=r"cityscapes-dataset.com \(free after registration\)"):
         Cityscapes(str(tmp_path / "nowhere"), **TINY).setup("fit")
     with pytest.raises(ConfigError, match="Did you mean 'labelTrainIds'"):
-        Cityscapes(str(city_root), masks="labelTrainId")
+        Cityscapes(str(city_root), mask_kind="labelTrainId")
     next((city_root / "gtFine/val").rglob("*labelIds.png")).unlink()
     with pytest.raises(DatasetError, match=r"\[no-mask\] file leftImg8bit/val/lindau/"):
         Cityscapes(str(city_root), **TINY).setup("fit")

@@ -181,6 +181,15 @@ def test_merged_values(mask_root):
         folder(mask_root, merge={3: 2}).setup("fit")
 
 
+def test_a_picture_beside_each_mask_hides_none(mask_root):
+    for path in (mask_root / "masks/train").iterdir():
+        path.with_suffix(".jpg").write_bytes(b"an overlay")
+    data = folder(mask_root)
+    data.setup("fit")
+    assert len(data.list_pairs("train").pairs) == 7
+    assert not data.list_pairs("train").faults
+
+
 def test_two_classes_of_one_name(mask_root):
     (mask_root / "classes.json").write_text('{"1": "left", "3": "left"}')
     with pytest.raises(DatasetError, match=r"classes 1 and 3 are both called 'left': rename .* --data.merge \{3:1\}"):
@@ -285,6 +294,7 @@ def test_nothing_readable(mask_root):
         ('[{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]', "id 1 is declared twice"),
         ('[{"id": 1, "name": "a", "color": [1, 2]}]', r"a color is \[red, green, blue\]"),
         ('[{"id": 1, "name": "a", "color": [1, 2, 3]}, {"id": 2, "name": "b"}]', "these have none: 'b'"),
+        ('{"1": "a\\nb"}', "the name of a class is one line"),
         ('{"99999": "a"}', "the category id 99999 is no pixel value"),
     ],
 )

@@ -140,8 +140,9 @@ def test_what_is_ignored_and_merged_is_said_as_in_training(sound, cli, tmp_path_
     assert report.names == ("left",)
     assert report.contents["train"].pixels.tolist() == [30 * 86]
     assert report.contents["train"].ignored == 4 * 80 + 30 * 74
+    assert [fault.kind for fault in report.faults] == ["one-class"]
     done = cli.run("check-data", sound, "--ignore", "[255,3]", "--merge", "{8:1}")
-    assert (done.code, "1 class\n" in done.out) == (0, True), done.err
+    assert (done.code, "1 class\n" in done.out) == (1, True), done.err
     for words, match in (
         (["--ignore", "255"], "no list of pixel values, such as [0,255]"),
         (["--merge", "[8]"], "which pixel values are which class, such as {8:7}"),

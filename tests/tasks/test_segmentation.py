@@ -284,6 +284,14 @@ def test_a_single_image_under_deeplabv3_is_refused_with_a_way_out():
     with pytest.raises(ConfigError, match=r"--model\.head semantic_fpn"):
         fit(small(head="deeplabv3"), Batches(batch(1)))
     fit(small("mobilevit_xxs"), Batches(batch(1), batch_size=1))
+    across_processes = nn.SyncBatchNorm.convert_sync_batchnorm(small(head="deeplabv3"))
+    across_processes._check_batch(1)
+
+
+def test_a_single_class_is_refused_in_training():
+    task = Segmentation("efficientvit_m0", {1: "thing"}, **SMALL)
+    with pytest.raises(ConfigError, match="the only class is 'thing', and every pixel would be it: declare"):
+        fit(task, Batches(batch()))
 
 
 def test_a_network_that_has_diverged_labels_nothing(caplog):
@@ -328,11 +336,31 @@ def test_a_run_is_a_starting_point_and_rebuilds_itself(tmp_path):
         )
 
 
+def test_what_weights_do_not_tell_is_taken_from_their_run(tmp_path, caplog):
+    options = {"head": "deeplabv3", "backbone_options": {"channel_order": "bgr"}}
+    task = small("mobilevit_xxs", **options, rates=[2, 3, 4], align_corners=True, output_stride=32)
+    fit(task, Batches(batch())).save_checkpoint(tmp_path / "a.ckpt")
+    started = small("mobilevit_xxs", head="deeplabv3", checkpoint=str(tmp_path / "a.ckpt"))
+    for name in ("rates", "align_corners", "output_stride", "backbone_options"):
+        assert started.hparams[name] == task.hparams[name], name
+    images = batch(original=True)
+    with torch.no_grad():
+        for one, other in zip(task.eval().segment(images), started.eval().segment(images), strict=True):
+            assert torch.equal(one, other)
+    assert "mean something else" not in caplog.text
+    other = small("mobilevit_xxs", head="deeplabv3", align_corners=False, checkpoint=str(tmp_path / "a.ckpt"))
+    assert (other.segmenter.align_corners, other.hparams["rates"]) == (False, [2, 3, 4])
+    assert "was trained with align_corners True, and this network has False" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"head": "deeplab"}, "there is no segmentation head 'deeplab'. Did you mean 'deeplabv3'"),
-        ({"head_lr_scale": 0.0}, "head_lr_scale must be positive, not 0.0"),
+        ({"head_lr_scale": 0.0}, "head_lr_scale must be positive and finite, not 0.0"),
+        ({"head_lr_scale": float("inf")}, "head_lr_scale must be positive and finite, not inf"),
+        ({"head_channels": 0}, "head_channels"),
+        ({"head": "deeplabv3", "output_stride": 0}, "output_stride"),
         ({"inference": "sliding"}, "inference must be whole or slide, not 'sliding'"),
         ({"ohem_threshold": 2.0}, r"ohem_threshold must be in \(0, 1\]"),
         ({"class_weights": [1.0]}, "class_weights has 1 numbers, and the data has 3 classes"),

@@ -50,7 +50,10 @@ def whole(network, image, size, original_size, align_corners=False):
 
 
 def slide(network, image, size, original_size, window, stride):
-    """``EncoderDecoder.slide_inference``: the mean of the logits of all windows, then the original size."""
+    """``EncoderDecoder.slide_inference``: the mean of the logits of all windows, then the original size.
+
+    But for windows whose sides are no multiples of 32, which mmsegmentation does not pad.
+    """
     height, width = size
     total, count = torch.zeros(1, CLASSES, height, width), torch.zeros(1, 1, height, width)
     rows = max(height - window[0] + stride[0] - 1, 0) // stride[0] + 1
@@ -60,7 +63,10 @@ def slide(network, image, size, original_size, window, stride):
             bottom, right = min(row * stride[0] + window[0], height), min(column * stride[1] + window[1], width)
             top, left = max(bottom - window[0], 0), max(right - window[1], 0)
             crop = image[None, :, top:bottom, left:right]
-            total += F.pad(enlarge(network(crop), crop.shape[-2:]), (left, width - right, top, height - bottom))
+            tall, wide = (-(-side // 32) * 32 for side in crop.shape[-2:])
+            seen = F.pad(crop, (0, wide - crop.shape[-1], 0, tall - crop.shape[-2]))
+            logits = enlarge(network(seen), (tall, wide))[..., : bottom - top, : right - left]
+            total += F.pad(logits, (left, width - right, top, height - bottom))
             count += F.pad(torch.ones(1, 1, bottom - top, right - left), (left, width - right, top, height - bottom))
     assert count.min() >= 1
     return enlarge(total / count, original_size)[0]
@@ -98,6 +104,18 @@ def test_windows_are_those_of_mmsegmentation(network, images, window, stride):
             found,
             [slide(network, *one, window, stride) for one in zip(images, SIZES, ORIGINAL_SIZES, strict=True)],
         )
+
+
+def test_an_image_smaller_than_the_window_is_seen_whole(images):
+    """Cells of a coarse map are as far apart as ever: 40 of 61 pixels are not two of two cells."""
+    torch.manual_seed(3)
+    coarse = nn.Sequential(nn.AvgPool2d(32), nn.Conv2d(3, CLASSES, 1)).double()
+    options = {"mode": "slide", "window": (512, 512), "stride": (341, 341)}
+    for one, size, original in zip(images, SIZES, ORIGINAL_SIZES, strict=True):
+        with torch.no_grad():
+            (found,) = Inference(**options).label(coarse, one[None], [size], [original], align_corners=False)
+            (expected,) = Inference().label(coarse, one[None], [size], [original], align_corners=False)
+        assert torch.equal(found, expected)
 
 
 def test_the_last_window_is_moved_back_into_the_image():

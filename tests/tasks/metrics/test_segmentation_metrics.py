@@ -141,6 +141,7 @@ def test_pixels_without_a_finite_number_are_wrong_and_reported(caplog):
     assert found.per_class[0] == 0.5
     assert found.per_class[1] == 1.0
     assert int(found.confusion.sum()) == 2
+    assert found.pixels.tolist()[:2] == [2, 1]
     assert "NaN or infinite for 1 of 3 labelled pixels" in caplog.text
 
 
