@@ -308,14 +308,6 @@ def test_what_a_killed_export_left_is_removed_by_the_next_one(tmp_path):
     [
         ("detection", "coreml", None, None, ExportError, "cannot hold a network for detection; .* onnx, openvino"),
         ("detection", "executorch", None, None, ExportError, "cannot hold a network for detection"),
-        (
-            "segmentation",
-            "coreml",
-            None,
-            None,
-            ExportError,
-            "cannot hold a network for segmentation; .* onnx, openvino",
-        ),
         ("classification", "onxx", None, None, ConfigError, "Did you mean 'onnx'"),
         ("classification", "torchscript", "model.onnx", None, ConfigError, "must end in .torchscript"),
         ("classification", "torchscript", "model.torchscript", 0, ConfigError, "batch must be at least 1"),
