@@ -245,7 +245,7 @@ def _padding(metadata: Mapping[str, Any]) -> str:
         height, width = metadata["size"]
         return (
             f"images that do not fill {height} x {width} pixels are padded further than in the run, and their results "
-            "differ from the checkpoint's: --image_size close to the shape of yours, or any, avoids that"
+            "differ from the checkpoint's: --image_size close to the shape of yours avoids that"
         )
     if not divisor % step:
         return ""
