@@ -179,6 +179,8 @@ def stored_config(checkpoint: dict[str, Any], path: Path, verb: str) -> str:
     Raises:
         ConfigError: It carries none.
     """
+    from effvit.tasks._task import MEANING  # here, since it imports torch, which opening the checkpoint has
+
     text = checkpoint.get("effvit", {}).get("config")
     if not isinstance(text, str):
         raise ConfigError(
@@ -190,8 +192,7 @@ def stored_config(checkpoint: dict[str, Any], path: Path, verb: str) -> str:
     # machine. What they decided about the network (as many heads as they had, say) stays.
     options, stored = config["model"]["init_args"], checkpoint.get("hyper_parameters", {})
     options |= {"pretrained": False, "checkpoint": None}
-    decided = ("distilled", "backbone_options", "mmdet_config", "output_stride", "rates", "align_corners")
-    options |= {name: stored[name] for name in decided if name in stored}
+    options |= {name: stored[name] for name in ("distilled", "mmdet_config", *MEANING) if name in stored}
     if verb != "fit":
         config["trainer"] = {name: value for name, value in config["trainer"].items() if name not in _TRAINING_ONLY}
     return str(yaml.safe_dump(config))

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from effvit.categories import Categories
 from effvit.errors import CheckpointError, ConfigError
-from effvit.tasks._checkpoint import read_run
 from effvit.tasks.deployed import Deployed
 from effvit.tasks.schedules import TrainingSchedule
 
@@ -45,7 +44,7 @@ _SHAPING = (
 
 
 #: Those of them and others that change what the same weights compute.
-_MEANING = ("backbone_options", "output_stride", "rates", "align_corners")
+MEANING = ("backbone_options", "output_stride", "rates", "align_corners")
 
 
 class Result(Protocol):
@@ -284,16 +283,19 @@ class Task(LightningModule):
             raise CheckpointError(f"{source} {self._explain_mismatch(odd, state_dict, stored or {})}")
         self.load_state_dict(state_dict)
 
-    def start_from(self, path: str) -> None:
+    def start_from(self, path: str, content: Mapping[str, Any]) -> None:
         """Loads all weights of a run's checkpoint as the starting point; see `load_weights`.
+
+        Args:
+            path: The file, for messages.
+            content: What `read_run` finds in it.
 
         Raises:
             CheckpointError: As `load_weights`, or the classes have other names.
         """
-        content = read_run(path)
         stored = content["hyper_parameters"]
         self.load_weights(content["state_dict"], path, stored)
-        for name in _MEANING:
+        for name in MEANING:
             if (stored.get(name) or None) != (self.hparams.get(name) or None):
                 _log.warning(
                     "%s was trained with %s %s, and this network has %s: its weights mean something else here",

@@ -13,6 +13,7 @@ from torch.optim import AdamW
 from effvit.backbones import create_classifier, outline
 from effvit.errors import ConfigError, did_you_mean
 from effvit.tasks._batch_augmentation import BatchAugmentation
+from effvit.tasks._checkpoint import read_run
 from effvit.tasks._clipping import clip_adaptively
 from effvit.tasks._distributed import shard, share_buffers
 from effvit.tasks._task import (
@@ -186,7 +187,7 @@ class Classification(Task):
                 student_spec=self.input_spec,
             )
         if checkpoint is not None:
-            self.start_from(checkpoint)
+            self.start_from(checkpoint, read_run(checkpoint))
 
     def depth_of(self, name: str) -> int:
         """Step of layer-wise decay that a parameter of this module belongs to; the head is the last."""

@@ -12,7 +12,7 @@ from torch.optim import AdamW
 
 from effvit.backbones import Backbone, create_backbone
 from effvit.errors import ConfigError, ExportError
-from effvit.tasks._checkpoint import read_published
+from effvit.tasks._checkpoint import read_published, read_run
 from effvit.tasks._task import (
     NORMS,
     Group,
@@ -167,7 +167,7 @@ class Detection(Task):
         if published is not None:
             self._load_published(published, str(checkpoint))
         elif checkpoint is not None:
-            self.start_from(checkpoint)
+            self.start_from(checkpoint, read_run(checkpoint))
 
     def _built_in(self, name: str, network: _Network, settings: DetectorSettings) -> Detector:
         """A detector of ours."""

@@ -144,7 +144,8 @@ class Segmentation(Task):
         )
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         published = read_published(checkpoint, is_published)
-        run = {} if checkpoint is None or published is not None else read_run(checkpoint)["hyper_parameters"]
+        content = None if checkpoint is None or published is not None else read_run(checkpoint)
+        run = {} if content is None else content["hyper_parameters"]
         if (run.get("head"), run.get("backbone")) == (head, backbone):  # other weights do not fit, as loading them says
             backbone_options = {**(run.get("backbone_options") or {}), **(backbone_options or {})} or None
             output_stride = _given(output_stride, run.get("output_stride"))
@@ -171,12 +172,7 @@ class Segmentation(Task):
             _log.info("backbone options with those of the weights: %s", json.dumps(backbone_options, sort_keys=True))
         num_classes = len(self.categories)
         self.segmenter = make_segmenter(
-            head,
-            backbone,
-            num_classes,
-            settings,
-            pretrained=pretrained,
-            backbone_options=backbone_options,
+            head, backbone, num_classes, settings, pretrained=pretrained, backbone_options=backbone_options
         )
         self.backbone.set_grad_checkpointing(gradient_checkpointing)
         self.mean, self.std = self.backbone.input_spec.mean, self.backbone.input_spec.std
@@ -199,8 +195,8 @@ class Segmentation(Task):
             avg_non_ignore=avg_non_ignore,
             auxiliary_weight=auxiliary_weight,
         )
-        if checkpoint is not None and published is None:
-            self.start_from(checkpoint)
+        if checkpoint is not None and content is not None:
+            self.start_from(checkpoint, content)
 
     @property
     def backbone(self) -> Backbone:
@@ -238,8 +234,9 @@ class Segmentation(Task):
 
     def _check_batch(self, images: int) -> None:
         """BatchNorm after global pooling sees one value a channel and image, unless it counts all processes."""
-        synchronised = any(isinstance(module, nn.SyncBatchNorm) for module in self.segmenter.modules())
-        if images == 1 and self.hparams["head"] == "deeplabv3" and not synchronised:
+        if images != 1 or self.hparams["head"] != "deeplabv3":
+            return
+        if not any(isinstance(module, nn.SyncBatchNorm) for module in self.segmenter.modules()):
             raise ConfigError(
                 "a batch of 1 leaves BatchNorm behind the pooling of deeplabv3 nothing to take statistics of: set "
                 "--data.batch_size to 2 or more (and --trainer.accumulate_grad_batches for less memory), or train "

@@ -62,11 +62,12 @@ def segmenter(backbone):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("make", "size"), [(classifier, (64, 64)), (segmenter, (64, 96))])
 @pytest.mark.parametrize("backbone", FAMILIES)
-def test_every_family_in_executorch(backbone, tmp_path):
+def test_every_family_in_executorch(backbone, make, size, tmp_path):
     """Minutes each; at 64 pixels, since what takes long is the same at any size."""
     pytest.importorskip("executorch")
-    done = export(classifier(backbone), "executorch", tmp_path / "a.pte", size=(64, 64), batch=1)
+    done = export(make(backbone), "executorch", tmp_path / "a.pte", size=size, batch=1)
     assert done.parity.images == 1
     assert done.parity.error < 1e-5
 
@@ -83,16 +84,6 @@ def test_every_family_in_coreml(backbone, tmp_path):
     assert found["categories"] == {"1": "ant", "2": "bee"}
     assert found["output_names"] == ["probabilities"]
     assert (done.parity is None) == (not mobile.on_macos())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backbone", FAMILIES)
-def test_segmenters_of_every_family_in_executorch(backbone, tmp_path):
-    """Minutes each, as classifiers."""
-    pytest.importorskip("executorch")
-    done = export(segmenter(backbone), "executorch", tmp_path / "a.pte", size=(64, 96), batch=1)
-    assert done.parity.images == 1
-    assert done.parity.error < 1e-5
 
 
 @pytest.mark.slow
